@@ -1,0 +1,246 @@
+"""Every path and file format of the project, in one place.
+
+A file is written under a temporary name and renamed, so that nobody ever sees half of one. Beside each lies a record,
+a JSON file that holds the arguments, the circumstances, what was measured and the SHA-256 of the files it speaks of;
+the checksum is verified whenever such a file is read.
+"""
+
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+import time
+import zipfile
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
+
+
+def under_results(path: str | Path) -> Path:
+    """Relative paths lie under `results/`; absolute ones are taken as they are."""
+    return Path(os.path.normpath(RESULTS / path))
+
+
+def public(path: Path) -> str:
+    """The path as records show it: relative to the repository, or only its name where it lies elsewhere."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def record_of(path: Path) -> Path:
+    """The record beside a file."""
+    return path.with_suffix(".json")
+
+
+def score_families(folder: Path, postfix: str) -> tuple[Path, Path, Path]:
+    """Scores, labels of parents and labels of children of all layer pairs of one postfix; see `of_pair`."""
+    return tuple(folder / f"{kind}_{postfix}.npy" for kind in ("I_parent", "Labels", "Labels_children"))
+
+
+def of_pair(family: Path, parent: str, child: str) -> Path:
+    """The file of one layer pair in a family."""
+    return family.with_name(f"{family.name.removesuffix('.npy')}_{parent}_{child}.npy")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def checkpoint_bytes(state: dict) -> bytes:
+    """A checkpoint as a file: tensors on the CPU, plain values, no code."""
+    buffer = io.BytesIO()
+    torch.save(_to_cpu(state), buffer)
+    return buffer.getvalue()
+
+
+def array_bytes(array: np.ndarray) -> bytes:
+    """An array as an .npy file without pickled objects."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def save(files: dict[Path, bytes], record: dict) -> None:
+    """Write files and, last, the record beside the first of them, with the checksums of all."""
+    for path, content in files.items():
+        write_bytes(path, content)
+    checksums = {path.name: hashlib.sha256(content).hexdigest() for path, content in files.items()}
+    write_json(record_of(next(iter(files))), {**record, "files": checksums})
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); remove it and run what made it again") from error
+
+
+def read_checked(path: Path, record: Path, remedy: str) -> bytes:
+    """The content of a file after comparing its checksum with its record, where there is one.
+
+    Parameters
+    ----------
+    path : the file
+    record : the JSON file that may hold the file's checksum; a file from elsewhere has none and is read unchecked
+    remedy : what to run to get the file, for error messages
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; {remedy}")
+    content = path.read_bytes()
+    if record.is_file():
+        expected = read_json(record).get("files", {}).get(path.name)
+        if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+            raise InputError(f"{path} is damaged: its checksum is not that of {record.name}; {remedy}")
+    return content
+
+
+def load_checkpoint(path: Path, remedy: str = "run train_stage1.py first, or name another file") -> dict:
+    """Read a checkpoint: a dictionary with `state_dict`; files that hold anything but tensors and plain values fail."""
+    content = read_checked(path, record_of(path), remedy)
+    try:
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever a broken or hostile file leads it to
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise InputError(f"{path} is not a checkpoint of tensors and plain values ({reason}); {remedy}") from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"{path} has no 'state_dict' of tensors; {remedy}")
+    return checkpoint
+
+
+def load_weights(network: torch.nn.Module, path: Path) -> dict:
+    """Load a checkpoint's weights into the network, all of them or none; returns the checkpoint."""
+    checkpoint = load_checkpoint(path)
+    expected = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items()}
+    if expected != found:
+        key = next(k for k in (*expected, *found) if expected.get(k) != found.get(k))
+        there, here = found.get(key, "absent"), expected.get(key, "absent")
+        raise InputError(f"{path} is of another network: there {key} is {there}, here {here}")
+    network.load_state_dict(checkpoint["state_dict"])
+    return checkpoint
+
+
+def load_array(path: Path, record: Path, remedy: str) -> np.ndarray:
+    """Read an .npy file of numbers; pickled objects fail."""
+    content = read_checked(path, record, remedy)
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+            raise ValueError("not an array of numbers")
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path} is not a plain .npy array ({str(error).splitlines()[0]}); {remedy}") from error
+    return array
+
+
+def is_complete(path: Path, identity: dict) -> bool:
+    """Whether the run that writes this file is done already.
+
+    Parameters
+    ----------
+    path : the first file that the run writes
+    identity : what decides the result, as the record holds it: "arguments" and, by path, the checksums of "inputs"
+
+    Raises
+    ------
+    InputError
+        If the file is there from another run: it must not be overwritten.
+    """
+    record = record_of(path)
+    if not record.is_file():
+        if path.exists():
+            raise InputError(f"{path} exists without a record; name another directory or remove it")
+        return False
+    there = read_json(record)
+    for part, now in identity.items():
+        before = there.get(part, {})
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                what = f"--{key} {before.get(key)} (now {now.get(key)})" if part == "arguments" else f"another {key}"
+                raise InputError(f"{path} is from a run with {what}; name another directory, or remove it to run again")
+    return there["status"] == "complete"
+
+
+def checksums(*paths: Path) -> dict[str, str]:
+    """SHA-256 by path, of those files that exist."""
+    return {public(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+
+
+def load_partial(path: Path, key: str) -> tuple[int, np.ndarray] | None:
+    """How far interrupted work had come, if the file is there and of the same work."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return (int(file["done"]), file["total"]) if str(file["key"]) == key else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def save_partial(path: Path, key: str, done: int, total: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, key=key, done=done, total=total)
+    write_bytes(path, buffer.getvalue())
+
+
+def circumstances(device: torch.device) -> dict:
+    """Where and with what a run was made; nothing about who ran it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()}, {os.cpu_count()} cores"
+    return {
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in PACKAGES},
+        "device": name,
+    }
+
+
+@cache
+def _commit() -> str:
+    """The commit of this checkout, with "+" if files that git tracks differ from it."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if changed else "")
+
+
+@cache
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _to_cpu(value):
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().contiguous()
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,333 @@
+"""The flags of all scripts, each declared once. A script names those it takes and their defaults."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import artifacts, scoring
+from common.artifacts import ROOT, public, under_results
+from common.cmi import ESTIMATORS, kde
+from common.data import DATASETS, Data, load
+from common.errors import Diverged, InputError
+from common.masks import Blocks, contiguous_blocks
+from common.training import OPTIMIZERS, Recipe
+
+
+def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number from `low` (or above it) to `high`."""
+
+    def parse(text: str):
+        legal = f"{'above' if above else 'at least'} {low:g}" + (
+            f" and at most {high:g}" if high != float("inf") else ""
+        )
+        name = {int: "a whole number", float: "a number"}[kind]
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {legal}") from None
+        if not (low < value or (value == low and not above)) or not value <= high or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not {name} {legal}")
+        return value
+
+    return parse
+
+
+def results_path(text: str) -> Path:
+    """An argparse type: a path, under `results/` if it is relative."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return under_results(text)
+
+
+def plain_name(text: str) -> str:
+    """An argparse type: a part of a file name."""
+    if not text or not all(c.isalnum() or c in "._-" for c in text):
+        raise argparse.ArgumentTypeError(f"{text!r} may hold letters, digits, '.', '_' and '-' only")
+    return text
+
+
+COUNT, SHARE, INDEX = number(int, 1), number(float, 0, 1), number(int, 0)
+POSITIVE = number(float, 0, above=True)
+MANY, GPU = {"nargs": "+"}, "number of the CUDA GPU to use, if there is any"
+DATA_DIR = {"type": Path, "default": ROOT / "data", "help": "where data sets lie, and are downloaded to if absent"}
+
+
+def _flag(stages: str, kind, help_: str, default=None, **options) -> dict:
+    typed = {"choices": kind} if isinstance(kind, (tuple, dict)) else {"type": kind}
+    return {"stages": stages, **({} if kind is None else typed), "help": help_, "default": default, **options}
+
+
+FLAGS = {
+    "Epoch": _flag("13", COUNT, "epochs"),
+    "Batch_size": _flag("13", COUNT, "images per step"),
+    "Lr": _flag("13", POSITIVE, "learning rate"),
+    "Save_dir": _flag("13", results_path, "the runs go to SAVE_DIR/0, SAVE_DIR/1, ..."),
+    "Dataset": _flag("13", DATASETS, "data set"),
+    "Dims": _flag("13", COUNT, "number of classes"),
+    "Expt_rerun": _flag("13", COUNT, "number of runs, with seeds SEED, SEED + 1, ...", 1),
+    "Milestones": _flag("13", COUNT, "epochs after which the learning rate is multiplied by GAMMA", nargs="*"),
+    "Opt": _flag("13", OPTIMIZERS, "optimizer; sgd has momentum 0.9"),
+    "Weight_decay": _flag("13", number(float, 0), "weight decay"),
+    "Model": _flag("13", None, "the network of this folder"),
+    "Gamma": _flag("13", POSITIVE, "factor of the learning rate at the milestones"),
+    "Nesterov": _flag("13", None, "Nesterov momentum", action=argparse.BooleanOptionalAction),
+    "Device_ids": _flag("13", INDEX, GPU, 0),
+    "Data_dir": {"stages": "13", **DATA_DIR},
+    "Seed": _flag("13", INDEX, "seed of the first run", 0),
+    "Val_size": _flag("13", INDEX, "training images held out to choose the best epoch by"),
+    "Select": _flag(
+        "13", ("val", "test"), "what chooses the best epoch; the paper's way is the test set itself", "val"
+    ),
+    "Retrain": _flag("3", results_path, "the checkpoint to prune"),
+    "Retrain_mask": _flag(
+        "3", results_path, "DIR/I_parent_<postfix>.npy, for the scores of all pairs (cmi: beside RETRAIN)"
+    ),
+    "Labels_file": _flag("3", results_path, "DIR/Labels_<postfix>.npy (default: beside the scores)"),
+    "Labels_children_file": _flag("3", results_path, "DIR/Labels_children_<postfix>.npy (default: beside the scores)"),
+    "parent_key": _flag("3", None, "the parent layer of each pair", **MANY),
+    "children_key": _flag("3", None, "the child layer of each pair, whose weights are pruned", **MANY),
+    "upper_prune_limit": _flag("3", SHARE, "largest pruned share of a layer: one for all, or one per pair", **MANY),
+    "upper_prune_per": _flag("3", SHARE, "end of the grid of pruned shares"),
+    "lower_prune_per": _flag("3", SHARE, "start of the grid of pruned shares"),
+    "prune_per_step": _flag("3", number(float, 0, 1, above=True), "step of the grid of pruned shares"),
+    "Prune_per": _flag("3", SHARE, "the pruned share itself, instead of the grid and KEY_ID"),
+    "Criterion": _flag("3", ("cmi", "random", "magnitude"), "what ranks the blocks", "cmi"),
+    "model": _flag("2", None, "the network of this folder"),
+    "dataset": _flag("2", DATASETS, "data set"),
+    "weights_dir": _flag("2", results_path, "where logits_best.pkl lies and the scores go"),
+    "cores": _flag("2", COUNT, "parallel workers", os.cpu_count()),
+    "dims": _flag("2", COUNT, "number of classes"),
+    "samples_per_class": _flag("2", COUNT, "training images of each class to score with"),
+    "name_postfix": _flag("2", plain_name, "tells score files of one directory apart", "cmi"),
+    "data_dir": {"stages": "2", **DATA_DIR},
+    "seed": _flag("2", INDEX, "seed of the drawn images", 0),
+    "device_ids": _flag("2", INDEX, GPU, 0),
+    "estimator": _flag("2", tuple(ESTIMATORS), "estimator of the conditional mutual information", "kde"),
+    "width": _flag("2", POSITIVE, "kernel width, times the square root of the number of parent units", kde.WIDTH),
+    "precision": _flag("2", tuple(kde.PRECISIONS), "arithmetic of the scores", "single"),
+    "split_half": _flag(
+        "2", None, "also score two halves of the images and report their agreement", action="store_true"
+    ),
+    "parent_clusters": _flag("23", COUNT, "number of groups of each parent layer", **MANY),
+    "children_clusters": _flag("23", COUNT, "number of groups of each child layer; the last keeps its classes", **MANY),
+    "key_id": _flag("23", INDEX, "which layer pair (stage 2) or pruned share of the grid (stage 3), from 0"),
+}
+UNRECORDED = {
+    "cores",
+    "Expt_rerun",
+    "Device_ids",
+    "device_ids",
+    "Data_dir",
+    "data_dir",
+}  # make no difference to the result
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse(doc: str, stage: int, argv: list[str] | None = None, **defaults) -> argparse.Namespace:
+    """Parse a script's flags.
+
+    Parameters
+    ----------
+    doc : the script's docstring
+    stage : 1, 2 or 3
+    argv : default: the command line
+    **defaults : the script's values, by flag
+    """
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for name, flag in FLAGS.items():
+        if str(stage) not in flag["stages"]:
+            continue
+        options = {"default": None, **flag, **({"default": defaults[name]} if name in defaults else {})}
+        del options["stages"]
+        if name in ("Model", "model"):
+            options["choices"] = (options["default"],)
+        if name == "key_id" and stage == 2:
+            options["required"] = True
+        if options.get("type") is results_path and options["default"] is not None:
+            options["default"] = under_results(options["default"])
+        if options["default"] is not None and options.get("action") is None:
+            options["help"] += f" (default: {_shown(options['default'])})"
+        parser.add_argument(f"--{name}", **options)
+    return parser.parse_args(argv)
+
+
+def _shown(value) -> str:
+    """A flag's value in words."""
+    if isinstance(value, Path):
+        return public(value)
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def recorded(args: argparse.Namespace) -> dict:
+    """The arguments as records hold them: what decides the result, no path outside the repository."""
+    return {
+        flag: public(value) if isinstance(value, Path) else value
+        for flag, value in sorted(vars(args).items())
+        if flag not in UNRECORDED
+    }
+
+
+def recipe(args: argparse.Namespace) -> Recipe:
+    """The training recipe that the flags ask for."""
+    return Recipe(
+        epochs=args.Epoch,
+        batch_size=args.Batch_size,
+        lr=args.Lr,
+        milestones=tuple(args.Milestones),
+        gamma=args.Gamma,
+        weight_decay=args.Weight_decay,
+        opt=args.Opt,
+        nesterov=args.Nesterov,
+    )
+
+
+def load_data(args: argparse.Namespace, on: torch.device) -> Data:
+    """The data set of stages 1 and 3, split as the flags ask for."""
+    if args.Select == "val" and args.Val_size == 0:
+        raise InputError("--Val_size 0 leaves nothing to choose the best epoch by; give a size, or --Select test")
+    return load(args.Dataset, args.Data_dir, val_size=args.Val_size if args.Select == "val" else 0, device=on)
+
+
+def check_data(args: argparse.Namespace, data: Data, checkpoint: dict | None = None) -> None:
+    """Refuse a wrong number of classes, and a checkpoint of other data or of images that are now held out."""
+    stage2 = "dims" in args
+    dims = args.dims if stage2 else args.Dims
+    if dims != data.classes:
+        raise InputError(f"--{'dims' if stage2 else 'Dims'} {dims}: {data.name} has {data.classes} classes")
+    for name, flag, now in (
+        ("dataset", "dataset" if stage2 else "Dataset", data.name),
+        ("val_size", "Val_size", len(data.val)),
+    ):
+        before = (checkpoint or {}).get(name, now)
+        if before != now:
+            raise InputError(f"--{flag} {now}: the checkpoint was trained with {before}; use the same")
+
+
+def check_save_dir(args: argparse.Namespace) -> None:
+    """Refuse to write pruned networks among the files they are made from."""
+    source = args.Retrain.parent
+    if args.Save_dir in (source, source.parent):
+        raise InputError(
+            f"--Save_dir {public(args.Save_dir)} holds the checkpoint that is pruned; name another directory"
+        )
+
+
+def estimator(args: argparse.Namespace) -> dict:
+    """The options of the estimator that the flags ask for."""
+    return {
+        "estimator": args.estimator,
+        "n_jobs": args.cores,
+        "seed": args.seed,
+        "width": args.width,
+        "precision": args.precision,
+    }
+
+
+def blocks_and_scores(
+    args: argparse.Namespace, network: torch.nn.Module, pairs: list[tuple[str, str]]
+) -> tuple[dict[str, Blocks], dict[str, np.ndarray] | None, list[Path]]:
+    """Blocks and scores by child layer, and the files they were read from; without scores, blocks by the flags."""
+    if len(args.parent_key) != len(args.children_key):
+        raise InputError(
+            f"--parent_key has {len(args.parent_key)} values, --children_key {len(args.children_key)}: give pairs"
+        )
+    asked = list(zip(args.parent_key, args.children_key, strict=True))
+    if len(set(args.children_key)) < len(asked):
+        raise InputError("--children_key names a layer twice")
+    sizes = [one_per_pair(f, getattr(args, f), len(asked)) for f in ("parent_clusters", "children_clusters")]
+    families = score_families(args)
+    blocks, scores, files = {}, {}, []
+    for (parent, child), *groups in zip(asked, *sizes, strict=True):
+        if (parent, child) not in pairs:
+            raise InputError(f"--parent_key {parent} --children_key {child} is no layer pair; legal: {_list(pairs)}")
+        blocks[child] = contiguous_blocks(network, child, *groups, last=child == pairs[-1][1])
+        if families:
+            remedy = f"run pruning_1b.py --key_id {pairs.index((parent, child))} with the same groups first"
+            files += [artifacts.of_pair(family, parent, child) for family in families]
+            scores[child], blocks[child] = scoring.load(files[-3:], blocks[child], remedy)
+    return blocks, scores if families else None, files
+
+
+def score_families(args: argparse.Namespace) -> list[Path]:
+    """The families of score and label files that stage 3 reads; none for the controls unless they are named."""
+    mask = args.Retrain_mask
+    if mask is None:
+        if args.Criterion != "cmi":
+            return []
+        mask = args.Retrain.with_name("I_parent_cmi.npy")
+    if not (mask.name.startswith("I_parent_") and mask.name.endswith(".npy")):
+        raise InputError(
+            f"--Retrain_mask {mask.name}: must be I_parent_<postfix>.npy, the name that stage 2 gives to scores"
+        )
+    beside = artifacts.score_families(mask.parent, mask.name.removeprefix("I_parent_").removesuffix(".npy"))
+    return [mask, args.Labels_file or beside[1], args.Labels_children_file or beside[2]]
+
+
+def pruned_share(args: argparse.Namespace) -> float:
+    """The pruned share that `--Prune_per`, or `--key_id` on the grid, asks for."""
+    if (args.Prune_per is None) == (args.key_id is None):
+        raise InputError("give either --key_id, to choose from the grid of pruned shares, or --Prune_per")
+    if args.Prune_per is not None:
+        return args.Prune_per
+    if args.lower_prune_per > args.upper_prune_per:
+        raise InputError(f"--lower_prune_per {args.lower_prune_per} is above --upper_prune_per {args.upper_prune_per}")
+    steps = int((args.upper_prune_per - args.lower_prune_per) / args.prune_per_step + 1e-9)
+    grid = [round(args.lower_prune_per + k * args.prune_per_step, 9) for k in range(steps + 1)]
+    return grid[in_range("key_id", args.key_id, grid)]
+
+
+def in_range(flag: str, index: int, choices: list) -> int:
+    """The index, if it is one of a list's."""
+    if index >= len(choices):
+        raise InputError(f"--{flag} {index} is out of range; legal: {_list(choices)}")
+    return index
+
+
+def device(index: int) -> torch.device:
+    """The chosen CUDA GPU, or the CPU where there is none."""
+    count = torch.cuda.device_count()
+    if count == 0:
+        print(f"No CUDA GPU: running on the CPU ({torch.get_num_threads()} threads).")
+        return torch.device("cpu")
+    if index >= count:
+        raise InputError(f"--Device_ids {index}: this machine has GPUs 0 to {count - 1}")
+    return torch.device("cuda", index)
+
+
+def one_per_pair(flag: str, values: list, pairs: int) -> list:
+    """A list with one value per layer pair; a single value stands for all."""
+    if len(values) not in (1, pairs):
+        raise InputError(f"--{flag} has {len(values)} values for {pairs} layer pairs; give 1 or {pairs}")
+    return values * pairs if len(values) == 1 else values
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script: one line and exit code 2 for unusable input, 1 for diverged training, 130 for Ctrl-C."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_say(name, error, 2))
+    except Diverged as error:
+        sys.exit(_say(name, error, 1))
+    except KeyboardInterrupt:
+        sys.exit(_say(name, "interrupted; the same command starts it again", 130))
+
+
+def _list(choices: list) -> str:
+    """Choices with their indices, in words."""
+    return ", ".join(f"{i}: {_shown(c)}" for i, c in enumerate(choices))
+
+
+def _say(name: str, error, code: int) -> int:
+    print(f"{name}: error: {error}", file=sys.stderr)
+    return code

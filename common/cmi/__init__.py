@@ -1,0 +1,87 @@
+"""Estimators of the conditional mutual information I(X; Y | Z); depends on nothing else of the project.
+
+`cmi` estimates one quantity, `layer_cmi` those of all pairs of groups of a layer at once. Both take the name of an
+estimator; `ESTIMATORS` lists them. Adding one is a function with the signature of `kde.scores` and a line here.
+"""
+
+import numpy as np
+
+from common.cmi import kde
+from common.cmi.inputs import check_groups, check_samples
+
+ESTIMATORS = {"kde": kde.scores}
+
+
+def cmi(x, y, z=None, *, estimator: str = "kde", seed: int = 0, **options) -> float:
+    """Conditional mutual information I(X; Y | Z) from samples.
+
+    Parameters
+    ----------
+    x : (n, dx) array_like
+    y : (n, dy) array_like
+    z : (n, dz) array_like, optional
+        Without it the plain mutual information I(X; Y).
+    estimator : a key of `ESTIMATORS`
+    seed : for estimators that draw random numbers
+    **options : passed on to the estimator
+
+    Returns
+    -------
+    float
+        In nats.
+
+    Raises
+    ------
+    ValueError
+        If the arrays are not finite, have unequal or too few rows, or the estimator is unknown.
+    """
+    x, y = check_samples(x, "x"), check_samples(y, "y")
+    z = y[:, :0] if z is None else check_samples(z, "z")
+    parents = np.hstack([y, z]) if len(z) == len(y) else z
+    if not len(x) == len(y) == len(z):
+        raise ValueError(f"x, y and z need the same number of rows, not {len(x)}, {len(y)} and {len(z)}")
+    groups = np.repeat([0, 1], [y.shape[1], z.shape[1]])
+    scores = layer_cmi(x, parents, np.zeros(x.shape[1], int), groups, estimator=estimator, seed=seed, **options)
+    return float(scores[0, 0])
+
+
+def layer_cmi(
+    children, parents, child_groups, parent_groups, *, estimator: str = "kde", n_jobs: int = 1, seed: int = 0, **options
+) -> np.ndarray:
+    """Conditional mutual information of every child group with every parent group given all other parents.
+
+    Parameters
+    ----------
+    children : (n, c) array_like
+        Row a of `children` and of `parents` comes from the same image.
+    parents : (n, p) array_like
+    child_groups : (c,) integer array_like
+        The group of every child unit; any integers, H different ones.
+    parent_groups : (p,) integer array_like
+        The group of every parent unit; G different ones.
+    estimator : a key of `ESTIMATORS`
+    n_jobs : int
+        Parallel workers as joblib counts them; the result is the same, bit for bit, for any number.
+    seed : for estimators that draw random numbers
+    **options : passed on to the estimator
+
+    Returns
+    -------
+    (H, G) float64 ndarray
+        Nats; element (j, i) is I(C_j; P_i | all other P), with groups in ascending order of their labels. Exactly 0
+        for groups whose units are all constant.
+
+    Raises
+    ------
+    ValueError
+        If an array is not finite or not two-dimensional, rows are unequal or fewer than 3, labels are not integers
+        or not one per unit, or the estimator is unknown.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}; choose from {', '.join(ESTIMATORS)}")
+    children, parents = check_samples(children, "children"), check_samples(parents, "parents")
+    if len(children) != len(parents):
+        raise ValueError(f"children and parents need the same number of rows, not {len(children)} and {len(parents)}")
+    child_groups = check_groups(child_groups, children, "child_groups")
+    parent_groups = check_groups(parent_groups, parents, "parent_groups")
+    return ESTIMATORS[estimator](children, parents, child_groups, parent_groups, n_jobs=n_jobs, seed=seed, **options)

@@ -1,0 +1,9 @@
+"""The two ways in which a run ends early, each with one line for the person who started it."""
+
+
+class InputError(ValueError):
+    """A flag, a file or a combination of them is not usable; raised before any work starts (exit code 2)."""
+
+
+class Diverged(Exception):
+    """The loss is no longer a finite number; what was good before is kept (exit code 1)."""

@@ -1,0 +1,197 @@
+"""Groups of units, blocks of weights between groups, and masks that keep pruned blocks at zero."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor, nn
+
+from common.errors import InputError
+
+
+def contiguous_groups(units: int, groups: int) -> np.ndarray:
+    """Group label (units,) of every unit: neighbours share a group, sizes differ by at most one, none is left out."""
+    if not 1 <= groups <= units:
+        raise InputError(f"{groups} groups of {units} units; legal: 1 to {units}")
+    return np.repeat(np.arange(groups), [len(part) for part in np.array_split(np.arange(units), groups)])
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of one layer's weight: rows grouped by `child_groups` (c,), columns by `parent_groups` (p,)."""
+
+    child_groups: np.ndarray
+    parent_groups: np.ndarray
+    kernel: int = 1  # weights per (output, input) connection: k * k of a convolution
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Number of weights (H, G) in every block."""
+        return np.outer(np.bincount(self.child_groups), np.bincount(self.parent_groups)) * self.kernel
+
+    def expand(self, values: np.ndarray) -> np.ndarray:
+        """Spread one value per block (H, G) over the connections (c, p)."""
+        return values[np.ix_(self.child_groups, self.parent_groups)]
+
+    def mean_magnitude(self, weight: Tensor) -> np.ndarray:
+        """Mean absolute weight (H, G) of every block of a weight (c, p, ...)."""
+        magnitude = (
+            weight.detach().double().abs().flatten(2).sum(2) if weight.ndim > 2 else weight.detach().double().abs()
+        )
+        sums = np.zeros((self.child_groups.max() + 1, self.parent_groups.max() + 1))
+        np.add.at(sums, np.ix_(self.child_groups, self.parent_groups), magnitude.cpu().numpy())
+        return sums / self.weights
+
+
+def contiguous_blocks(network: nn.Module, key: str, parents: int, children: int, *, last: bool = False) -> Blocks:
+    """Blocks of a layer's weight with so many groups of inputs and of outputs; the last layer's outputs stay single."""
+    weight = network.get_parameter(key)
+    outputs, inputs = weight.shape[:2]
+    children = outputs if last else children
+    for flag, groups, units in (("parent_clusters", parents, inputs), ("children_clusters", children, outputs)):
+        if groups > units:
+            raise InputError(f"--{flag} {groups}: {key} has {units} of these units; legal: 1 to {units}")
+    return Blocks(contiguous_groups(outputs, children), contiguous_groups(inputs, parents), weight[0, 0].numel())
+
+
+def select(scores: list[np.ndarray], weights: list[np.ndarray], share: float, caps: list[float]) -> list[np.ndarray]:
+    """Choose the blocks of lowest score, over all layers together, until the requested share of weights is reached.
+
+    Parameters
+    ----------
+    scores : one (H, G) array per layer; low scores are pruned first, equal ones in an order that is fixed and arbitrary
+    weights : how many weights each block holds, same shapes
+    share : share of all these weights to prune, in [0, 1]
+    caps : largest share of each layer that may be pruned
+
+    Returns
+    -------
+    One boolean (H, G) array per layer, True where a block is pruned. Their share is at least `share` and exceeds it by
+    less than one block; no layer's share exceeds its cap.
+
+    Raises
+    ------
+    InputError
+        If the caps do not allow the share, or a score is not a number.
+    """
+    flat = np.concatenate([s.ravel() for s in scores])
+    if np.isnan(flat).any():
+        raise InputError("scores hold NaN")
+    size = np.concatenate([w.ravel() for w in weights])
+    layer = np.repeat(np.arange(len(scores)), [s.size for s in scores])
+    room = np.array([cap * w.sum() for cap, w in zip(caps, weights, strict=True)]) * (1 + 1e-12)
+    target = share * size.sum() * (1 - 1e-12)
+    shuffled = np.random.default_rng(0).permutation(len(flat))
+    pruned, total = np.zeros(len(flat), bool), 0
+    for block in shuffled[np.argsort(flat[shuffled], kind="stable")]:
+        if total >= target:
+            break
+        if size[block] <= room[layer[block]]:
+            pruned[block] = True
+            room[layer[block]] -= size[block]
+            total += size[block]
+    if total < target:
+        most = 100 * total / size.sum()
+        raise InputError(f"{100 * share:g} % cannot be pruned: --upper_prune_limit allows at most {most:.2f} %")
+    ends = np.cumsum([s.size for s in scores])[:-1]
+    return [part.reshape(s.shape) for part, s in zip(np.split(pruned, ends), scores, strict=True)]
+
+
+def build(pruned: dict[str, np.ndarray], blocks: dict[str, Blocks], network: nn.Module) -> dict[str, Tensor]:
+    """Boolean masks, shaped as the weights and on their device, True where a weight is kept."""
+    masks = {}
+    for key, choice in pruned.items():
+        weight = network.get_parameter(key)
+        kept = torch.from_numpy(~blocks[key].expand(choice)).to(weight.device)
+        masks[key] = kept.reshape(kept.shape + (1,) * (weight.ndim - 2)).expand_as(weight).contiguous()
+    return masks
+
+
+@torch.no_grad()
+def apply(network: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Set every masked weight to exactly 0.
+
+    Called after each optimizer step this is all that holds a mask: names in the state_dict stay plain, and whatever
+    momentum or weight decay add to a masked weight is gone before the next forward pass.
+    """
+    for key, mask in masks.items():
+        network.get_parameter(key).masked_fill_(~mask, 0)
+
+
+def choose(
+    criterion: str,
+    network: nn.Module,
+    blocks: dict[str, Blocks],
+    share: float,
+    caps: list[float],
+    *,
+    scores: dict[str, np.ndarray] | None = None,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """The blocks that a criterion prunes, by layer.
+
+    Parameters
+    ----------
+    criterion : "cmi" takes the blocks of lowest `scores`; "magnitude" those of lowest mean absolute weight; "random"
+        any. The two controls prune in each layer what "cmi" prunes there if `scores` are given, so that only the
+        choice within layers differs, else they rank all layers together.
+    share, caps : as for `select`
+    scores : one (H, G) array per layer; needed for "cmi"
+    seed : of the random choice
+
+    Returns
+    -------
+    One boolean (H, G) array per layer, True where a block is pruned.
+    """
+    rng = np.random.default_rng([seed, 1])
+    rank = {
+        "cmi": lambda key: scores[key],
+        "magnitude": lambda key: blocks[key].mean_magnitude(network.get_parameter(key)),
+        "random": lambda key: rng.random(blocks[key].weights.shape),
+    }[criterion]
+    ranked, sizes = [rank(key) for key in blocks], [b.weights for b in blocks.values()]
+    if criterion == "cmi" or scores is None:
+        chosen = select(ranked, sizes, share, caps)
+    else:
+        reference = select([scores[key] for key in blocks], sizes, share, caps)
+        shares = [w[r].sum() / w.sum() for r, w in zip(reference, sizes, strict=True)]
+        chosen = [select([r], [w], s, [1.0])[0] for r, w, s in zip(ranked, sizes, shares, strict=True)]
+    return dict(zip(blocks, chosen, strict=True))
+
+
+def percent_zero(tensors: list[Tensor]) -> float:
+    """Percentage of values that are exactly 0."""
+    return 100 * sum(int((t == 0).sum()) for t in tensors) / sum(t.numel() for t in tensors)
+
+
+def measures(network: nn.Module, masks: dict[str, Tensor]) -> dict:
+    """Pruned percentages (of weights, without biases and batch norm) and memory, measured on the weights."""
+    masked = {key: network.get_parameter(key) for key in masks}
+    modules = [network.get_submodule(key.removesuffix(".weight")) for key in masks]
+    return {
+        "pruned_percent_masked_layers": percent_zero(list(masked.values())),
+        "pruned_percent_network": percent_zero([p for p in network.parameters() if p.ndim > 1]),
+        "pruned_percent_by_layer": {key: percent_zero([weight]) for key, weight in masked.items()},
+        "memory_mib_masked_layers": memory(modules),
+        "memory_mib_network": memory(list(network.modules())),
+    }
+
+
+def memory(modules: list[nn.Module]) -> float:
+    """The paper's memory measure: MiB of all weights and biases but batch norm's as compressed sparse files.
+
+    Each tensor counts the size of `scipy.sparse.save_npz` of its float32 values in CSR form, (out, in * k * k).
+    """
+    total = 0
+    for module in modules:
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            continue
+        for tensor in module.parameters(recurse=False):
+            file = io.BytesIO()
+            scipy.sparse.save_npz(
+                file, scipy.sparse.csr_matrix(tensor.detach().float().cpu().reshape(len(tensor), -1).numpy())
+            )
+            total += len(file.getbuffer())
+    return total / 2**20

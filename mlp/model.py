@@ -1,0 +1,40 @@
+"""The MNIST-MLP: 784-500-300-10 with ReLU and dropout; 545,810 parameters, of them 150,000 weights in fc2."""
+
+from torch import Tensor, nn
+
+NAME = "mlp"
+PAIRS = [
+    ("fc1.weight", "fc2.weight"),
+    ("fc2.weight", "final.weight"),
+]  # (parent, child); key_id k of stage 2 is PAIRS[k]
+
+RECIPE = {  # of the paper, for training and for retraining; images in [0, 1]
+    "Dataset": "MNIST",
+    "Dims": 10,
+    "Epoch": 30,
+    "Batch_size": 256,
+    "Lr": 0.1,
+    "Milestones": [10, 20],
+    "Gamma": 0.1,
+    "Opt": "sgd",
+    "Nesterov": True,
+    "Weight_decay": 1e-4,
+    "Val_size": 3000,  # ours: the paper chooses the epoch on the test set (--Select test)
+}
+GROUPS = {"parent_clusters": [250], "children_clusters": [100]}  # of fc1 and fc2, the paper's headline
+
+
+class MLP(nn.Module):
+    """Three linear layers; the input is any image tensor with 784 values per image, in [0, 1]."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(784, 500)
+        self.fc2 = nn.Linear(500, 300)
+        self.final = nn.Linear(300, classes)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.dropout(self.fc1(images.flatten(1)).relu())
+        hidden = self.dropout(self.fc2(hidden).relu())
+        return self.final(hidden)
