@@ -41,7 +41,7 @@ def train(
     The record as written.
     """
     start = time.perf_counter()
-    selects = data.val if len(data.val) else data.test
+    selects, tolerance = (data.val, 1.0) if len(data.val) else (data.test, 0.0)
     epochs: list[dict] = []
     held = held or {}
     before = copy.deepcopy(network.state_dict()) if held else None
@@ -76,6 +76,7 @@ def train(
             selects,
             recipe,
             seed=seed,
+            tolerance=tolerance,
             after_step=(lambda: masks.apply(network, held)) if held else None,
             on_epoch=log,
             on_best=keep,

@@ -17,9 +17,9 @@ from common.errors import Diverged
 
 OPTIMIZERS = {
     "sgd": lambda parameters, r: torch.optim.SGD(
-        parameters, r.lr, momentum=r.momentum, weight_decay=r.weight_decay, nesterov=r.nesterov
+        parameters, r.lr, momentum=r.momentum, weight_decay=r.weight_decay, nesterov=r.nesterov, fused=True
     ),
-    "adam": lambda parameters, r: torch.optim.Adam(parameters, r.lr, weight_decay=r.weight_decay),
+    "adam": lambda parameters, r: torch.optim.Adam(parameters, r.lr, weight_decay=r.weight_decay, fused=True),
 }
 
 
@@ -89,16 +89,20 @@ def fit(
     recipe: Recipe,
     *,
     seed: int,
+    tolerance: float = 1.0,
     after_step: Callable[[], None] | None = None,
     on_epoch: Callable[[dict], None] | None = None,
     on_best: Callable[[dict, dict[str, Tensor]], None] | None = None,
 ) -> tuple[dict, dict[str, Tensor]]:
     """Train by the recipe and keep the epoch that does best on `val`.
 
+    Of the epochs whose accuracy on `val` is within `tolerance` standard errors of the best, the last is kept (the
+    one-standard-error rule of Breiman et al., 1984): smaller differences are noise, and the last has learnt longest.
+
     Parameters
     ----------
     network : trained in place; holds the last epoch's weights afterwards
-    train, val : the best epoch has the highest accuracy on `val`; of equal ones it is the last
+    tolerance : in standard errors of an accuracy measured on `val`; 0 keeps the last of the very best
     seed : fixes order and dropout; an epoch's randomness depends on (seed, epoch) alone
     after_step : called after every optimizer step, e.g. to hold masked weights at zero
     on_epoch : called with one line of figures per epoch
@@ -117,7 +121,7 @@ def fit(
     if after_step is not None:
         optimizer.register_step_post_hook(lambda *_: after_step())
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(recipe.milestones), recipe.gamma)
-    best, best_state = {}, {}
+    best, best_state, highest = {}, {}, 0.0
     with tqdm(range(1, recipe.epochs + 1), unit="epoch", disable=None) as progress:
         for epoch in progress:
             start = time.perf_counter()
@@ -142,7 +146,8 @@ def fit(
             progress.set_postfix(loss=f"{line['train_loss']:.4f}", val=f"{score.accuracy:.2f}%")
             if on_epoch is not None:
                 on_epoch(line)
-            if not best or score.accuracy >= best["val_accuracy"]:
+            highest = max(highest, score.accuracy)
+            if score.accuracy >= highest - tolerance * math.sqrt(highest * (100 - highest) / len(val)):
                 best = line
                 best_state = copy.deepcopy(network.state_dict())
                 if on_best is not None:

@@ -1,0 +1,170 @@
+"""From records to tables and figures.
+
+python -m common.report results/demo       table.md and figure.png of one folder of runs, in that folder
+python -m common.report                    all committed folders: results/README.md, the tables in README.md, figures
+"""
+
+import argparse
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from common import artifacts
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = {"cmi": "tab:blue", "magnitude": "tab:orange", "random": "tab:gray"}
+
+
+def runs(folder: Path, stage: int) -> list[dict]:
+    """The records of a stage's finished runs below a folder, in a fixed order."""
+    records = [artifacts.read_json(path) for path in sorted(folder.rglob("*.json"))]
+    return [r for r in records if r.get("stage") == stage and r.get("status") == "complete"]
+
+
+def baselines(folder: Path) -> list[dict]:
+    """The records of the dense networks' best epochs."""
+    return [r for r in runs(folder, 1) if "best" in r]
+
+
+def by_point(folder: Path) -> dict[tuple[float, str], list[dict]]:
+    """Pruned runs by (requested percentage, criterion)."""
+    points = defaultdict(list)
+    for record in runs(folder, 3):
+        points[record["requested_percent"], record["arguments"]["Criterion"]].append(record)
+    return dict(sorted(points.items()))
+
+
+def accuracy(record: dict) -> float:
+    return record["test"]["accuracy"]
+
+
+def accuracy_before(record: dict) -> float:
+    return record["test_before_retraining"]["accuracy"]
+
+
+def mean_std(values: list[float], digits: int = 2) -> str:
+    """Mean and sample standard deviation, the latter only of two or more values."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def table(folder: Path, paper: dict | None = None) -> str:
+    """The runs of one folder as a Markdown table, beside the published figures where there are any."""
+    lines = [
+        "| | pruned, masked layers (%) | pruned, network (%) | accuracy before retraining (%) | accuracy (%) "
+        "| memory, masked layers (MiB) | runs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def row(name: str, *cells: str) -> None:
+        lines.append("| " + " | ".join((name, *cells)) + " |")
+
+    if paper:
+        row("paper: dense", "0", "", "", f"{paper['baseline_accuracy']:.2f}", f"{paper['baseline_memory_mib']:.3f}", "")
+        for point in paper["mint"]:
+            cells = (
+                f"{point['pruned_percent']:.2f}",
+                "",
+                "",
+                f"{point['accuracy']:.2f}",
+                f"{point['memory_mib']:.3f}",
+                "",
+            )
+            row("paper: MINT", *cells)
+        for point in paper["others"]:
+            row(f"paper: {point['name']}", f"{point['pruned_percent']:.2f}", "", "", f"{point['accuracy']:.2f}", "", "")
+    dense = baselines(folder)
+    row("**dense**", "0", "0", "", mean_std([accuracy(r) for r in dense]), "", str(len(dense)))
+    for (_, criterion), records in by_point(folder).items():
+
+        def cell(value: Callable[[dict], float], digits: int = 2, records=records) -> str:
+            return mean_std([value(r) for r in records], digits)
+
+        pruned = np.mean([r["pruned_percent_masked_layers"] for r in records])
+        network = np.mean([r["pruned_percent_network"] for r in records])
+        memory = np.mean([r["memory_mib_masked_layers"] for r in records])
+        cells = (
+            f"{pruned:.2f}",
+            f"{network:.2f}",
+            cell(accuracy_before),
+            cell(accuracy),
+            f"{memory:.3f}",
+            str(len(records)),
+        )
+        row(f"**{criterion}**", *cells)
+    return "\n".join(lines) + "\n"
+
+
+def figure(folder: Path, target: Path, title: str, paper: dict | None = None) -> None:
+    """Accuracy against pruned share, before and after retraining: mean and standard deviation over runs."""
+    points = by_point(folder)
+    shares = sorted({share for share, _ in points})
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, value, name in zip(axes, (accuracy_before, accuracy), ("before", "after"), strict=True):
+        for offset, criterion in enumerate(sorted({c for _, c in points})):
+            values = [[value(r) for r in points.get((share, criterion), [])] for share in shares]
+            x = np.arange(len(shares)) + 0.06 * (offset - 1)
+            mean = [np.mean(v) if v else np.nan for v in values]
+            std = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
+            axis.errorbar(x, mean, std, marker="o", capsize=3, label=criterion, color=COLOURS.get(criterion))
+        axis.set(
+            title=f"{name} retraining", xlabel="pruned weights of the masked layers (%)", ylabel="test accuracy (%)"
+        )
+        axis.set_xticks(np.arange(len(shares)), [f"{s:g}" for s in shares])
+    dense = [accuracy(r) for r in baselines(folder)]
+    if dense:
+        axes[1].axhline(np.mean(dense), color="black", lw=1, ls="--", label="dense")
+    for k, point in enumerate(paper["mint"] if paper else []):
+        x = np.interp(point["pruned_percent"], shares, np.arange(len(shares)))
+        label = None if k else "paper: MINT"
+        axes[1].plot(x, point["accuracy"], "*", ms=13, color="tab:red", label=label, zorder=5)
+    axes[1].legend()
+    figure.suptitle(title)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """Replace what stands between the markers <!-- name --> and <!-- end name -->."""
+    marked = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
+    return marked.sub(lambda m: m[1] + content + m[2], text)
+
+
+def everything() -> None:
+    """Regenerate all that is committed from the committed records."""
+    paper = artifacts.read_json(artifacts.RESULTS / "paper.json")
+    pages = [artifacts.ROOT / "README.md", artifacts.RESULTS / "README.md"]
+    for name in (n for n in paper if isinstance(paper[n], dict)):
+        folder = artifacts.RESULTS / name
+        figure(folder, artifacts.RESULTS / "figures" / f"{name}.png", paper[name]["title"], paper[name])
+        for page in pages:
+            filled = fill(page.read_text(), f"table {name}", table(folder, paper[name]))
+            artifacts.write_bytes(page, filled.encode())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="a folder of runs; none: everything that is committed")
+    folder = parser.parse_args().folder
+    if folder is None:
+        everything()
+        return 0
+    if not runs(folder, 3):
+        print(f"report: error: {folder} holds no finished run of stage 3", file=sys.stderr)
+        return 2
+    (folder / "table.md").write_text(table(folder))
+    figure(folder, folder / "figure.png", folder.name)
+    print((folder / "table.md").read_text() + f"\ntable: {folder / 'table.md'}\nfigure: {folder / 'figure.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
