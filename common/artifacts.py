@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, reason
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -124,8 +124,8 @@ def load_checkpoint(path: Path, remedy: str = "run train_stage1.py first, or nam
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken or hostile file leads it to
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise InputError(f"{path} is not a checkpoint of tensors and plain values ({reason}); {remedy}") from error
+        why = reason(error).split(". ")[0]
+        raise InputError(f"{path} is not a checkpoint of tensors and plain values ({why}); {remedy}") from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} has no 'state_dict' of tensors; {remedy}")
@@ -153,36 +153,37 @@ def load_array(path: Path, record: Path, remedy: str) -> np.ndarray:
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
             raise ValueError("not an array of numbers")
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} is not a plain .npy array ({str(error).splitlines()[0]}); {remedy}") from error
+        raise InputError(f"{path} is not a plain .npy array ({reason(error)}); {remedy}") from error
     return array
 
 
-def is_complete(path: Path, identity: dict) -> bool:
+def is_complete(path: Path, record: dict) -> bool:
     """Whether the run that writes this file is done already.
 
     Parameters
     ----------
     path : the first file that the run writes
-    identity : what decides the result, as the record holds it: "arguments" and, by path, the checksums of "inputs"
+    record : of the run; its "arguments" and the checksums of its "inputs", by path, decide the result
 
     Raises
     ------
     InputError
         If the file is there from another run: it must not be overwritten.
     """
-    record = record_of(path)
-    if not record.is_file():
+    if not record_of(path).is_file():
         if path.exists():
             raise InputError(f"{path} exists without a record; name another directory or remove it")
         return False
-    there = read_json(record)
-    for part, now in identity.items():
-        before = there.get(part, {})
+    there = read_json(record_of(path))
+    for part in ("arguments", "inputs"):
+        before, now = there.get(part, {}), record.get(part, {})
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
                 what = f"--{key} {before.get(key)} (now {now.get(key)})" if part == "arguments" else f"another {key}"
-                raise InputError(f"{path} is from a run with {what}; name another directory, or remove it to run again")
-    return there["status"] == "complete"
+                raise InputError(
+                    f"{path} is from a run with {what}; name another directory (stage 2: --name_postfix), or remove it"
+                )
+    return there.get("status") == "complete"
 
 
 def checksums(*paths: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Data sets as whole tensors on the device: loaded once, split once, batched without per-image Python work."""
 
+import contextlib
 import hashlib
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from common.errors import InputError
+from common.errors import InputError, reason
 
 SPLIT_SEED = 0  # the validation images belong to the data set: the same in every stage, seed and rerun
 
@@ -124,15 +125,18 @@ def _hold_out(labels: np.ndarray, val_size: int, classes: int) -> tuple[Tensor, 
 
 def _idx_files(folder: Path, name: str):
     """MNIST and its relatives, read (and downloaded, where possible) by torchvision."""
-    dataset = getattr(torchvision().datasets, name)
+    dataset, raw = getattr(torchvision().datasets, name), folder / name / "raw"
+    new = [path for path in (raw, *raw.parents) if not path.exists()]
     try:
-        train = dataset(folder, train=True, download=True)
-        test = dataset(folder, train=False)
+        train, test = (dataset(folder, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError, ValueError) as error:
+        with contextlib.suppress(OSError):  # leave no empty folders; one that holds part of a download stays
+            for path in new:
+                path.rmdir()
         files = "train-images-idx3-ubyte train-labels-idx1-ubyte t10k-images-idx3-ubyte t10k-labels-idx1-ubyte"
         raise InputError(
-            f"--Dataset {name}: no usable files in {folder / name / 'raw'} and no download "
-            f"({str(error).splitlines()[0]}); put {files} (or their .gz) there, or name another --Data_dir"
+            f"--Dataset {name}: no usable files in {raw} and no download "
+            f"({reason(error)}); put {files} (or their .gz) there, or name another --Data_dir"
         ) from error
     return (train.data[:, None], train.targets), (test.data[:, None], test.targets)
 

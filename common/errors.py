@@ -7,3 +7,8 @@ class InputError(ValueError):
 
 class Diverged(Exception):
     """The loss is no longer a finite number; what was good before is kept (exit code 1)."""
+
+
+def reason(error: Exception) -> str:
+    """Another library's error in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,131 @@
+"""Files: written whole or not at all, checked when read, nothing executed."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common import artifacts
+from common.errors import InputError
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "logits_best.pkl"
+    content = artifacts.checkpoint_bytes({"state_dict": nn.Linear(3, 2).state_dict(), "epoch": 7})
+    artifacts.save({path: content}, {"status": "complete"})
+    return path
+
+
+class Bomb:
+    """Unpickling it would create the file."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (open, (str(self.canary), "w"))
+
+
+def test_checkpoint_round_trip(checkpoint):
+    network = nn.Linear(3, 2)
+    assert artifacts.load_weights(network, checkpoint)["epoch"] == 7
+    torch.manual_seed(0)
+    assert torch.equal(network.weight, nn.Linear(3, 2).weight)
+    assert not list(checkpoint.parent.glob("*.tmp"))
+
+
+def test_equal_states_give_equal_bytes(checkpoint):
+    again = artifacts.checkpoint_bytes(artifacts.load_checkpoint(checkpoint))
+    assert again == artifacts.checkpoint_bytes(artifacts.load_checkpoint(checkpoint))
+
+
+@pytest.mark.parametrize("position", range(0, 2000, 97))
+def test_a_flipped_bit_is_detected(checkpoint, position):
+    content = bytearray(checkpoint.read_bytes())
+    content[position % len(content)] ^= 1
+    checkpoint.write_bytes(content)
+    with pytest.raises(InputError, match=r"logits_best\.pkl is damaged"):
+        artifacts.load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("length", [0, 1, 500])
+def test_a_truncated_checkpoint_is_refused_also_without_record(checkpoint, length):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:length])
+    artifacts.record_of(checkpoint).unlink()
+    with pytest.raises(InputError, match="is not a checkpoint"):
+        artifacts.load_checkpoint(checkpoint)
+
+
+def test_code_in_a_checkpoint_is_not_executed(tmp_path):
+    path, canary = tmp_path / "evil.pkl", tmp_path / "canary"
+    torch.save({"state_dict": Bomb(canary)}, path)
+    with pytest.raises(InputError, match="is not a checkpoint of tensors and plain values"):
+        artifacts.load_checkpoint(path)
+    path.write_bytes(pickle.dumps(Bomb(canary)))
+    with pytest.raises(InputError, match="is not a checkpoint of tensors and plain values"):
+        artifacts.load_checkpoint(path)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("content", [{}, [1], {"state_dict": {"a": 1}}])
+def test_a_checkpoint_without_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.pkl")
+    with pytest.raises(InputError, match="has no 'state_dict' of tensors"):
+        artifacts.load_checkpoint(tmp_path / "x.pkl")
+
+
+def test_weights_of_another_network_name_the_layer(checkpoint):
+    with pytest.raises(InputError, match=r"weight is \(2, 3\), here \(2, 4\)"):
+        artifacts.load_weights(nn.Linear(4, 2), checkpoint)
+
+
+def test_pickled_arrays_are_not_executed(tmp_path):
+    path, canary = tmp_path / "x.npy", tmp_path / "canary"
+    np.save(path, np.array([Bomb(canary)], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match=r"x\.npy is not a plain \.npy array"):
+        artifacts.load_array(path, tmp_path / "x.json", "make it again")
+    path.write_bytes(pickle.dumps(Bomb(canary)))
+    with pytest.raises(InputError, match=r"x\.npy is not a plain \.npy array"):
+        artifacts.load_array(path, tmp_path / "x.json", "make it again")
+    assert not canary.exists()
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    artifacts.write_bytes(path, b"old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        artifacts.write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_finished_run_is_known_and_another_is_not_overwritten(checkpoint):
+    identity = {"arguments": {"Lr": 0.1}, "inputs": {"a.pkl": "00"}}
+    artifacts.write_json(artifacts.record_of(checkpoint), {**identity, "status": "complete"})
+    assert artifacts.is_complete(checkpoint, identity)
+    with pytest.raises(InputError, match=r"--Lr 0\.1 \(now 0\.2\)"):
+        artifacts.is_complete(checkpoint, {**identity, "arguments": {"Lr": 0.2}})
+    with pytest.raises(InputError, match=r"another a\.pkl"):
+        artifacts.is_complete(checkpoint, {**identity, "inputs": {"a.pkl": "11"}})
+    artifacts.write_json(artifacts.record_of(checkpoint), {**identity, "status": "running"})
+    assert not artifacts.is_complete(checkpoint, identity)
+
+
+def test_records_show_no_path_outside_the_repository(tmp_path):
+    assert artifacts.public(tmp_path / "secret" / "x.pkl") == "x.pkl"
+    assert artifacts.public(artifacts.RESULTS / "a" / "x.pkl") == "results/a/x.pkl"
+    assert artifacts.under_results("a/b") == artifacts.RESULTS / "a" / "b"
+
+
+def test_partial_work_of_other_inputs_is_not_used(tmp_path):
+    path = tmp_path / "x.npz"
+    artifacts.save_partial(path, "key", 64, np.ones((2, 2)))
+    assert artifacts.load_partial(path, "key")[0] == 64
+    assert artifacts.load_partial(path, "other") is None
+    path.write_bytes(path.read_bytes()[:100])
+    assert artifacts.load_partial(path, "key") is None

@@ -1,0 +1,176 @@
+"""Groups, selection and masks, on their invariants."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common import masks
+from common.errors import InputError
+
+
+@pytest.mark.parametrize(("units", "groups"), [(500, 250), (300, 100), (10, 3), (7, 7), (5, 1)])
+def test_groups_are_contiguous_even_and_complete(units, groups):
+    labels = masks.contiguous_groups(units, groups)
+    sizes = np.bincount(labels)
+    assert len(labels) == units
+    assert len(sizes) == groups
+    assert sizes.max() - sizes.min() <= 1
+    assert (np.diff(labels) >= 0).all()
+
+
+@pytest.mark.parametrize("groups", [0, 11])
+def test_impossible_numbers_of_groups_are_refused(groups):
+    with pytest.raises(InputError, match="legal: 1 to 10"):
+        masks.contiguous_groups(10, groups)
+
+
+def random_layers(rng, ties=False):
+    shapes = [(5, 7), (30, 20), (1, 9)]
+    scores = [rng.integers(0, 3, s).astype(float) if ties else rng.normal(size=s) for s in shapes]
+    return scores, [rng.integers(1, 50, s) for s in shapes]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.962, 1])
+def test_pruned_share_is_reached_and_exceeded_by_less_than_a_block(rng, share, ties):
+    scores, weights = random_layers(rng, ties)
+    chosen = masks.select(scores, weights, share, [1, 1, 1])
+    pruned = sum(w[c].sum() for w, c in zip(weights, chosen, strict=True))
+    total = sum(w.sum() for w in weights)
+    assert 0 <= pruned - share * total < max(w.max() for w in weights)
+
+
+def test_blocks_are_ranked_over_all_layers_together(rng):
+    scores, weights = random_layers(rng)
+    chosen = masks.select(scores, weights, 0.4, [1, 1, 1])
+    highest_pruned = max(s[c].max() for s, c in zip(scores, chosen, strict=True) if c.any())
+    lowest_kept = min(s[~c].min() for s, c in zip(scores, chosen, strict=True) if not c.all())
+    assert highest_pruned < lowest_kept
+
+
+def test_no_layer_exceeds_its_cap(rng):
+    scores, weights = random_layers(rng)
+    scores[1] -= 100  # the layer that would be pruned whole
+    caps = [1, 0.55, 1]
+    chosen = masks.select(scores, weights, 0.5, caps)
+    for w, c, cap in zip(weights, chosen, caps, strict=True):
+        assert w[c].sum() <= cap * w.sum()
+    assert sum(w[c].sum() for w, c in zip(weights, chosen, strict=True)) >= 0.5 * sum(w.sum() for w in weights)
+
+
+def test_share_beyond_the_caps_is_refused(rng):
+    with pytest.raises(InputError, match="upper_prune_limit allows at most"):
+        masks.select(*random_layers(rng), 0.9, [0.5, 0.5, 0.5])
+
+
+def test_nan_is_refused():
+    with pytest.raises(InputError, match="NaN"):
+        masks.select([np.array([[np.nan]])], [np.ones((1, 1), int)], 0.5, [1])
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(6, 10, 3)
+        self.norm = nn.BatchNorm2d(10)
+        self.final = nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.final(self.norm(self.conv(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def held(net, share=0.7, criterion="magnitude", **options):
+    blocks = {
+        "conv.weight": masks.contiguous_blocks(net, "conv.weight", 4, 3),
+        "final.weight": masks.contiguous_blocks(net, "final.weight", 5, 1, last=True),
+    }
+    chosen = masks.choose(criterion, net, blocks, share, [1, 1], **options)
+    return blocks, masks.build(chosen, blocks, net)
+
+
+def test_last_layer_keeps_its_classes_as_groups(net):
+    blocks, _ = held(net)
+    assert blocks["final.weight"].weights.shape == (4, 5)
+    assert blocks["conv.weight"].weights.sum() == 6 * 10 * 9
+
+
+def test_a_mask_covers_whole_blocks_with_every_tap(net):
+    blocks, mask = held(net)
+    groups = blocks["conv.weight"]
+    for j in range(3):
+        for i in range(4):
+            block = mask["conv.weight"][groups.child_groups == j][:, groups.parent_groups == i]
+            assert block.all() or not block.any()
+
+
+def test_mean_magnitude_is_the_literal_mean(net):
+    blocks, _ = held(net)
+    groups = blocks["conv.weight"]
+    weight = net.conv.weight.detach().numpy()
+    expected = weight[groups.child_groups == 2][:, groups.parent_groups == 1]
+    assert groups.mean_magnitude(net.conv.weight)[2, 1] == pytest.approx(np.abs(expected).mean())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_no_masked_weight_grows_back(net, optimizer):
+    """Under momentum and weight decay, from weights and momenta that are not zero."""
+    opt = {
+        "sgd": torch.optim.SGD(net.parameters(), 0.5, momentum=0.9, weight_decay=0.1, nesterov=True),
+        "adam": torch.optim.Adam(net.parameters(), 0.5, weight_decay=0.1),
+    }[optimizer]
+
+    def step():
+        opt.zero_grad()
+        net(torch.randn(8, 6, 5, 5)).square().sum().backward()
+        opt.step()
+
+    step()
+    _, mask = held(net)
+    opt.register_step_post_hook(lambda *_: masks.apply(net, mask))
+    for _ in range(5):
+        step()
+        for key, kept in mask.items():
+            weight = net.get_parameter(key)
+            assert (weight[~kept] == 0).all()
+            assert (weight[kept] != 0).all()
+            assert not torch.signbit(weight[~kept]).any()
+
+
+def test_controls_prune_each_layer_as_the_scores_do(net, rng):
+    scores = {"conv.weight": rng.normal(size=(3, 4)) + 1, "final.weight": rng.normal(size=(4, 5))}
+    shares = {}
+    for criterion in ("cmi", "random", "magnitude"):
+        _, mask = held(net, 0.5, criterion, scores=scores)
+        shares[criterion] = {key: float(1 - m.float().mean()) for key, m in mask.items()}
+    for criterion in ("random", "magnitude"):
+        assert shares[criterion]["conv.weight"] == pytest.approx(shares["cmi"]["conv.weight"], abs=12 * 9 / 540)
+        assert shares[criterion]["final.weight"] == pytest.approx(shares["cmi"]["final.weight"], abs=2 / 40)
+
+
+def test_random_choice_depends_on_the_seed_alone(net):
+    first, again, other = (held(net, 0.5, "random", seed=s)[1] for s in (0, 0, 1))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not all(torch.equal(first[k], other[k]) for k in first)
+
+
+def test_measures_are_those_of_the_weights(net):
+    _, mask = held(net)
+    masks.apply(net, mask)
+    measured = masks.measures(net, mask)
+    zeros = sum(int((~m).sum()) for m in mask.values())
+    assert measured["pruned_percent_masked_layers"] == pytest.approx(100 * zeros / (540 + 40))
+    assert measured["pruned_percent_network"] == measured["pruned_percent_masked_layers"]  # all weights are in them
+
+
+def test_memory_is_the_papers():
+    """fc2 of the dense MLP: 0.537 MiB in the paper, which is random weights to a compressor."""
+    torch.manual_seed(0)
+    assert masks.memory([nn.Linear(500, 300)]) == pytest.approx(0.537, rel=0.02)
+    assert masks.memory([nn.BatchNorm2d(100)]) == 0

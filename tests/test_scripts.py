@@ -1,0 +1,268 @@
+"""The three scripts as a user calls them: from inside the model's folder, by flags alone, on the digits."""
+
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGE1, STAGE2, STAGE3 = "train_stage1.py", "pruning_1b.py", "retrain_stage3.py"
+TRAIN = "--Dataset DIGITS --Val_size 200 --Epoch 3 --Batch_size 64".split()
+GROUPS = "--parent_clusters 50 --children_clusters 30".split()
+SCORE = ["--dataset", "DIGITS", "--samples_per_class", "40", *GROUPS]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def shell(script, *flags, code=0):
+    """Run a script in a process of its own and return what it printed."""
+    command = [sys.executable, script, *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT / "mlp", capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a script in this process: the same, without the seconds it takes to import torch."""
+
+    def run(script, *flags, code=0):
+        monkeypatch.chdir(ROOT / "mlp")
+        monkeypatch.syspath_prepend(str(ROOT / "mlp"))
+        monkeypatch.delitem(sys.modules, "model", raising=False)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        exit_code = 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as stop:
+            exit_code = stop.code or 0
+        output = "".join(capsys.readouterr())
+        assert exit_code == code, output
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A trained and scored network, made by the commands."""
+    folder = tmp_path_factory.mktemp("results") / "base"
+    shell(STAGE1, *TRAIN, "--Save_dir", folder, "--Expt_rerun", 2)
+    for key_id in (0, 1):
+        shell(STAGE2, *SCORE, "--weights_dir", folder / "0", "--key_id", key_id, "--split_half", "--cores", 2)
+    return folder
+
+
+def prune(base, out, *flags):
+    source = ["--Retrain", base / "0" / "logits_best.pkl", "--Save_dir", out]
+    return [STAGE3, *TRAIN, *source, *([] if "--parent_clusters" in flags else GROUPS), *flags]
+
+
+def record(path):
+    return json.loads(path.with_suffix(".json").read_text())
+
+
+def test_stage_1_writes_checkpoints_records_and_epochs(base):
+    for rerun in (0, 1):
+        checkpoint = torch.load(base / str(rerun) / "logits_best.pkl", weights_only=True)
+        assert set(checkpoint["state_dict"]) == {
+            f"{m}.{p}" for m in ("fc1", "fc2", "final") for p in ("weight", "bias")
+        }
+        known = record(base / str(rerun) / "logits_best.pkl")
+        assert known["seed"] == rerun
+        assert known["status"] == "complete"
+        assert known["test"]["accuracy"] > 50
+        lines = (base / str(rerun) / "logits_best.jsonl").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+        assert (base / str(rerun) / "logits_final.pkl").exists()
+    text = (base / "0" / "logits_best.json").read_text()
+    assert str(base.parent) not in text
+
+
+def test_stage_2_writes_scores_labels_and_reliability(base):
+    scores = np.load(base / "0" / "I_parent_cmi_fc1.weight_fc2.weight.npy")
+    assert scores.shape == (30, 50)
+    assert np.bincount(np.load(base / "0" / "Labels_cmi_fc1.weight_fc2.weight.npy")).tolist() == [10] * 50
+    assert np.load(base / "0" / "Labels_children_cmi_fc1.weight_fc2.weight.npy").shape == (300,)
+    known = record(base / "0" / "I_parent_cmi_fc1.weight_fc2.weight.npy")
+    assert 0 < known["scores"]["split_half_rank_correlation"] <= 1
+    assert np.load(base / "0" / "I_parent_cmi_fc2.weight_final.weight.npy").shape == (10, 50)  # classes stay single
+    assert not list((base / "0").glob("*.npz"))
+
+
+def test_stage_3_by_the_grid(base, tmp_path, call):
+    out = tmp_path / "pruned"
+    grid = "--lower_prune_per 0.5 --upper_prune_per 0.9 --prune_per_step 0.2 --key_id 1".split()
+    printed = call(*prune(base, out, *grid))
+    path = out / "0" / "logits_70.00.pkl"
+    checkpoint = torch.load(path, weights_only=True)
+    weight, mask = checkpoint["state_dict"]["fc2.weight"], checkpoint["masks"]["fc2.weight"]
+    assert (weight[~mask] == 0).all()
+    assert (weight[mask] != 0).all()
+    known = record(path)
+    assert known["requested_percent"] == 70
+    assert known["pruned_percent_masked_layers"] == pytest.approx(100 * (weight == 0).float().mean().item())
+    assert known["pruned_percent_network"] == pytest.approx(70 * 150_000 / 545_000)
+    assert known["test_before_retraining"] != known["test"]
+    assert "asked: 70.00 %" in printed
+    scores = np.load(base / "0" / "I_parent_cmi_fc1.weight_fc2.weight.npy")
+    blocks = mask.numpy()[::10, ::10]
+    assert scores[~blocks].max() <= scores[blocks].min()
+
+
+def test_stage_3_with_two_pairs_and_limits(base, tmp_path, call):
+    pairs = (
+        "--parent_key fc1.weight fc2.weight --children_key fc2.weight final.weight --upper_prune_limit 0.9 0.3".split()
+    )
+    call(*prune(base, tmp_path, *pairs, "--Prune_per", "0.8", "--Expt_rerun", "2"))
+    for rerun in "01":
+        (path,) = (tmp_path / rerun).glob("*.pkl")
+        by_layer = record(path)["pruned_percent_by_layer"]
+        assert set(by_layer) == {"fc2.weight", "final.weight"}
+        assert by_layer["final.weight"] <= 30
+        assert record(path)["pruned_percent_masked_layers"] == pytest.approx(80, abs=0.1)
+
+
+@pytest.mark.parametrize("criterion", ["random", "magnitude"])
+@pytest.mark.parametrize("with_scores", [False, True])
+def test_controls_prune_as_much(base, tmp_path, call, criterion, with_scores):
+    scores = ["--Retrain_mask", base / "0" / "I_parent_cmi.npy"] if with_scores else []
+    call(*prune(base, tmp_path, "--Criterion", criterion, "--Prune_per", "0.9", *scores))
+    assert record(tmp_path / "0" / "logits_90.00.pkl")["pruned_percent_masked_layers"] == pytest.approx(90)
+
+
+def test_finished_runs_are_not_repeated_and_not_overwritten(base, tmp_path, call):
+    path = base / "0" / "logits_best.pkl"
+    before = path.stat().st_mtime_ns
+    call(STAGE1, *TRAIN, "--Save_dir", base)
+    call(STAGE2, *SCORE, "--weights_dir", base / "0", "--key_id", "0", "--split_half")
+    assert path.stat().st_mtime_ns == before
+    assert "--Lr 0.1 (now 0.2)" in call(STAGE1, *TRAIN, "--Save_dir", base, "--Lr", "0.2", code=2)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_killed_stage_2_goes_on_to_the_same_bytes(base, tmp_path):
+    """Killed after the first note of its progress; the scores are those of an undisturbed run."""
+    for name in ("undisturbed", "killed"):
+        (tmp_path / name).mkdir()
+        for suffix in ("pkl", "json"):
+            (tmp_path / name / f"logits_best.{suffix}").write_bytes((base / "0" / f"logits_best.{suffix}").read_bytes())
+    flags = "--dataset DIGITS --samples_per_class 110 --key_id 0 --precision double --cores 1".split()
+    shell(STAGE2, *flags, "--weights_dir", tmp_path / "undisturbed")
+    eager = "import common.scoring, runpy; common.scoring.SAVE_EVERY = 0; runpy.run_path('pruning_1b.py')"
+    command = [sys.executable, "-c", eager, *flags, "--weights_dir", str(tmp_path / "killed")]
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'mlp'}"}
+    with subprocess.Popen(command, cwd=ROOT / "mlp", env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "killed").glob("*.npz")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    name = "I_parent_cmi_fc1.weight_fc2.weight.npy"
+    assert not (tmp_path / "killed" / name).exists()
+    assert list((tmp_path / "killed").glob("*.npz"))
+    shell(STAGE2, *flags, "--weights_dir", tmp_path / "killed")
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    assert not list((tmp_path / "killed").glob("*.npz"))
+
+
+def test_diverging_keeps_the_last_good_checkpoint_and_fails(tmp_path, call):
+    steep = ["--Opt", "adam", "--Lr", "1e-3", "--Gamma", "1e40", "--Milestones", "1"]
+    message = call(STAGE1, *TRAIN, *steep, "--Save_dir", tmp_path, code=1)
+    assert "not finite after epoch 2" in message
+    assert "of epoch 1, is kept" in message
+    assert record(tmp_path / "0" / "logits_best.pkl")["status"] == "diverged"
+    state = torch.load(tmp_path / "0" / "logits_best.pkl", weights_only=True)["state_dict"]
+    assert all(v.isfinite().all() for v in state.values())
+
+
+LEGAL = "--Save_dir {out} --Retrain {base}/0/logits_best.pkl --Prune_per 0.9".split()
+BAD = [
+    (STAGE1, "--Dataset CIFAR9 --Save_dir {out}", "argument --Dataset: invalid choice: 'CIFAR9'.*MNIST.*DIGITS"),
+    (STAGE1, "--Epoch 0", "argument --Epoch: 0 is not a whole number at least 1"),
+    (STAGE1, "--Lr nan", "argument --Lr: nan is not a number above 0"),
+    (STAGE1, "--Lr fast", "argument --Lr: 'fast' is not a number"),
+    (STAGE1, "--Weight_decay -1", "argument --Weight_decay: -1 is not a number at least 0"),
+    (STAGE1, "--Save_dir {out} --Dims 7 --Dataset DIGITS --Val_size 200", "--Dims 7: DIGITS has 10 classes"),
+    (STAGE1, "--Save_dir {out} --Dataset DIGITS --Val_size 1437", "--Val_size 1437: legal: 0, or 10 to 1427"),
+    (STAGE1, "--Save_dir {out} --Dataset DIGITS --Val_size 0", "--Val_size 0 leaves nothing to choose"),
+    (STAGE1, "--Save_dir", "argument --Save_dir: expected one argument"),
+    (STAGE1, "--Epochs 3", "unrecognized arguments: --Epochs 3"),
+    (STAGE1, "--Model vgg16", "argument --Model: invalid choice: 'vgg16'"),
+    (STAGE2, "--weights_dir {base}/0", "the following arguments are required: --key_id"),
+    (STAGE2, "--weights_dir {base}/0 --key_id 2", "--key_id 2 is out of range; legal: 0: fc1.weight fc2.weight, 1"),
+    (STAGE2, "--weights_dir {base}/0 --key_id -1", "argument --key_id: -1 is not a whole number at least 0"),
+    (STAGE2, "--weights_dir {out} --key_id 0", "logits_best.pkl does not exist; run train_stage1.py first"),
+    (STAGE2, "--weights_dir {base}/0 --key_id 0 --dataset MNIST --data_dir {out}", "train-images-idx3-ubyte"),
+    (STAGE2, "{score} --key_id 0 --parent_clusters 501", "--parent_clusters 501: fc2.weight has 500 "),
+    (STAGE2, "{score} --key_id 0 --children_clusters 301", "--children_clusters 301: fc2.weight has 300"),
+    (STAGE2, "{score} --key_id 0 --samples_per_class 900", "--samples_per_class 900: class"),
+    (STAGE2, "{score} --key_id 0 --name_postfix ../y", "argument --name_postfix: .../y. may hold"),
+    (STAGE2, "{score} --key_id 0 --estimator magic", "argument --estimator: invalid choice"),
+    (STAGE3, "--Save_dir {out} --Retrain {base}/0/logits_best.pkl", "give either --key_id.*or --Prune_per"),
+    (STAGE3, "{legal} --key_id 1", "give either --key_id.*or --Prune_per"),
+    (STAGE3, "--Retrain {base}/0/logits_best.pkl --key_id 9", "--key_id 9 is out of range; legal: 0: 0.902"),
+    (STAGE3, "--key_id 0 --lower_prune_per 0.9 --upper_prune_per 0.1", "--lower_prune_per 0.9 is above"),
+    (STAGE3, "{legal} --upper_prune_limit 1.5", "argument --upper_prune_limit: 1.5 is not a number at least 0 and"),
+    (STAGE3, "{legal} --upper_prune_limit 0.5", "90 % cannot be pruned: --upper_prune_limit allows at most 50.00 %"),
+    (STAGE3, "{legal} --upper_prune_limit 0.5 0.6", "--upper_prune_limit has 2 values for 1 layer pairs"),
+    (STAGE3, "{legal} --parent_key fc1.weight fc2.weight", "--parent_key has 2 values, --children_key 1"),
+    (STAGE3, "{legal} --children_key fc9.weight", "fc9.weight is no layer pair; legal: 0: fc1.weight fc2.weight"),
+    (STAGE3, "{legal} --parent_clusters 50 50", "--parent_clusters has 2 values for 1 layer pairs"),
+    (STAGE3, "{legal} --Retrain_mask {base}/0/scores.npy", "must be I_parent_<postfix>.npy"),
+    (STAGE3, "{legal} --Retrain_mask {base}/0/I_parent_new.npy", "does not exist; run pruning_1b.py --key_id 0"),
+    (STAGE3, "{legal} --parent_clusters 40", "does not put 500 units into 40 groups; run pruning_1b.py"),
+    (STAGE3, "{legal} --Save_dir {base}", "--Save_dir base holds the checkpoint that is pruned"),
+    (STAGE3, "{legal} --Val_size 100", "--Val_size 100: the checkpoint was trained with 200"),
+    (STAGE3, "{legal} --Retrain {base}/no.pkl", "no.pkl does not exist"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), BAD, ids=[f"{s[:7]} {f}" for s, f, _ in BAD])
+def test_bad_input_is_one_line_and_code_2(base, tmp_path, call, script, flags, message):
+    words = {
+        "base": base,
+        "out": tmp_path / "out",
+        "score": f"--dataset DIGITS --weights_dir {base}/0 --name_postfix x",
+    }
+    words["legal"] = " ".join(TRAIN + GROUPS + LEGAL).format(**words)
+    before = {path: path.stat().st_mtime_ns for path in base.rglob("*")}
+    lines = call(script, *flags.format(**words).split(), code=2).splitlines()
+    lines = [line for line in lines if not line.startswith("No CUDA GPU")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{script}: error: ")
+    assert re.search(message, lines[0]), lines[0]
+    assert before == {path: path.stat().st_mtime_ns for path in base.rglob("*")}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickled scores", "scores of another pair"])
+def test_damaged_files_are_named(base, tmp_path, call, damage):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in (base / "0").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    checkpoint, scores = copy / "logits_best.pkl", copy / "I_parent_cmi_fc1.weight_fc2.weight.npy"
+    if damage == "truncated":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    elif damage == "pickled scores":
+        np.save(scores, np.array([[{}]], dtype=object), allow_pickle=True)
+        scores.with_suffix(".json").unlink()
+    else:
+        scores.write_bytes((copy / "I_parent_cmi_fc2.weight_final.weight.npy").read_bytes())
+    flags = [STAGE3, *TRAIN, *GROUPS, "--Retrain", checkpoint, "--Save_dir", tmp_path / "out", "--Prune_per", "0.9"]
+    message = call(*flags, code=2)
+    assert (checkpoint if damage == "truncated" else scores).name in message
+    assert "run " in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_is_no_terminal_has_no_progress_bar(base, tmp_path):
+    assert "\r" not in shell(*prune(base, tmp_path, "--Prune_per", "0.95"))
