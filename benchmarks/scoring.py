@@ -17,10 +17,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from machine import exp2_rate, matmul_rate
+
 from common import artifacts
 from common.cmi import layer_cmi
 from common.masks import contiguous_groups
-from machine import exp2_rate, matmul_rate
 
 
 def main() -> None:
@@ -56,4 +57,5 @@ def main() -> None:
     print(*(f"{key}: {value}" for key, value in record.items()), sep="\n")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -48,4 +48,5 @@ def main() -> None:
     scoring.score(children, parents, blocks, files, record, split_half=args.split_half, **cli.estimator(args))
 
 
-cli.run(main)
+if __name__ == "__main__":
+    cli.run(main)

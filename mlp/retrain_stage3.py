@@ -60,4 +60,5 @@ def main() -> None:
         runs.show(record)
 
 
-cli.run(main)
+if __name__ == "__main__":
+    cli.run(main)

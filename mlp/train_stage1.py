@@ -39,4 +39,5 @@ def main() -> None:
         )
 
 
-cli.run(main)
+if __name__ == "__main__":
+    cli.run(main)

@@ -157,7 +157,9 @@ def test_killed_stage_2_goes_on_to_the_same_bytes(base, tmp_path):
             (tmp_path / name / f"logits_best.{suffix}").write_bytes((base / "0" / f"logits_best.{suffix}").read_bytes())
     flags = "--dataset DIGITS --samples_per_class 110 --key_id 0 --precision double --cores 1".split()
     shell(STAGE2, *flags, "--weights_dir", tmp_path / "undisturbed")
-    eager = "import common.scoring, runpy; common.scoring.SAVE_EVERY = 0; runpy.run_path('pruning_1b.py')"
+    eager = (
+        "import common.scoring, runpy; common.scoring.SAVE_EVERY = 0; runpy.run_path('pruning_1b.py', None, '__main__')"
+    )
     command = [sys.executable, "-c", eager, *flags, "--weights_dir", str(tmp_path / "killed")]
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'mlp'}"}
     with subprocess.Popen(command, cwd=ROOT / "mlp", env=environment, stdout=subprocess.DEVNULL) as process:

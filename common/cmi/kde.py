@@ -23,8 +23,8 @@ from common.cmi.inputs import standardise
 
 WIDTH = 0.25  # kernel width per square root of the number of parent units; see `widths`
 TASK_ROWS = 64  # rows of one task: the unit of parallel work, of progress and of resuming
-TILE = 2**18  # kernel values in one tile; with the sums it fits a core's second-level cache
-TILE_COLUMNS = 256
+TILE = 2**19  # kernel values in one tile: what a core's share of the cache holds
+TILE_COLUMNS = 128
 PRECISIONS = {"single": torch.float32, "double": torch.float64}
 
 
@@ -115,8 +115,8 @@ class _Layer:
         parents = parents * (scale / parent_width)
         children = children * (scale / (child_width * np.sqrt(np.maximum(child_units, 1)[child_groups])))
         self.whole = self._factors([parents], -1)
-        self.rests = self._factors([*_split(parents, parent_groups), parents[:, :0]], +1)
-        self.kids = self._factors([*_split(children, child_groups), children[:, :0]], -1)
+        self.rests = self._factors(_split_and_pad(parents, parent_groups), +1)
+        self.kids = self._factors(_split_and_pad(children, child_groups), -1)
 
     def _factors(self, groups: list[np.ndarray], sign: int) -> tuple[Tensor, Tensor]:
         """Left (k, n, d + 2) and right (k, d + 2, n) factors whose product is sign * squared distance, per group."""
@@ -130,19 +130,11 @@ class _Layer:
                 left[k, :, units + 1], right[k, units + 1] = sign, norms
         return torch.from_numpy(left).to(self.dtype), torch.from_numpy(right).to(self.dtype)
 
-    def exponents(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        """Exponents of the rests' (G + 1, rows, cols) and of the children's kernels (H + 1, rows, cols)."""
-        whole = self.whole[0][0, rows] @ self.whole[1][0, :, cols]
-        for a in range(max(rows.start, cols.start), min(rows.stop, cols.stop)):
-            whole[a - rows.start, a - cols.start] = -torch.inf  # leave one out
-        rests = torch.baddbmm(whole, self.rests[0][:, rows], self.rests[1][:, :, cols])
-        return rests, torch.bmm(self.kids[0][:, rows], self.kids[1][:, :, cols])
-
     def sum_rows(self, first: int, end: int) -> np.ndarray:
         """Sum over rows first <= a < end of the four logarithms (base 2) of every pair."""
         torch.set_num_threads(1)  # the workers are the parallelism; also what makes the result independent of them
         torch.set_flush_denormal(True)  # kernels just above underflow would cost four times the time
-        step = max(1, TILE // (TILE_COLUMNS * (self.n_parents + self.n_children + 2)))
+        step = max(1, TILE // (TILE_COLUMNS * (len(self.rests[0]) + len(self.kids[0]))))
         total = np.zeros((self.n_children, self.n_parents))
         for row in range(first, end, step):
             logs = self._log_sums(slice(row, min(row + step, end)))
@@ -152,38 +144,54 @@ class _Layer:
             )
         return total
 
-    def _log_sums(self, rows: slice) -> Tensor:
-        """Logarithms (rows, H + 1, G + 1) of the sums over all other rows, up to terms that cancel between the four.
+    def _whole(self, rows: slice) -> Tensor:
+        """Exponents (rows, n) of the kernel of all parents; the largest of each row moved to 0, its own -inf.
 
-        The running maximum of each kernel's exponents is subtracted before exponentiation, and sums so far are
-        rescaled when it rises.
+        Moving a row's exponents multiplies all four sums of a pair alike. With the largest at 0, sums over the rests'
+        kernels are at least 1, however far from all others a row is.
         """
-        count = rows.stop - rows.start
-        sums = torch.zeros(count, self.n_children + 1, self.n_parents + 1, dtype=self.dtype)
-        tops = [torch.full((k + 1, count), -1e30, dtype=self.dtype) for k in (self.n_parents, self.n_children)]
+        whole = self.whole[0][0, rows] @ self.whole[1][0]
+        whole[range(len(whole)), range(rows.start, rows.stop)] = -torch.inf
+        return whole.sub_(whole.amax(1, keepdim=True))
+
+    def _exponents(self, whole: Tensor, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        """Exponents of the rests' kernels (k, rows, cols) and of the children's."""
+        rests = torch.baddbmm(whole[:, cols], self.rests[0][:, rows], self.rests[1][:, :, cols])
+        return rests, torch.bmm(self.kids[0][:, rows], self.kids[1][:, :, cols])
+
+    def _log_sums(self, rows: slice) -> Tensor:
+        """Logarithms (rows, H + 1, G + 1) of the sums over all other rows, up to terms that cancel between the four."""
+        whole = self._whole(rows)
+        sums = torch.zeros(len(whole), len(self.kids[0]), len(self.rests[0]), dtype=self.dtype)
         for col in range(0, self.n, TILE_COLUMNS):
-            kernels = self.exponents(rows, slice(col, min(col + TILE_COLUMNS, self.n)))
-            scales = []
-            for k, kernel in enumerate(kernels):
-                top = torch.maximum(tops[k], kernel.amax(2))
-                kernel.sub_(top[:, :, None]).exp2_()
-                scales.append((tops[k] - top).exp2_())
-                tops[k] = top
-            rests, kids = kernels
-            sums.mul_(scales[1].T[:, :, None]).mul_(scales[0].T[:, None, :])
-            sums.baddbmm_(kids.transpose(0, 1), rests.permute(1, 2, 0))
-        lost = torch.nonzero((sums == 0).flatten(1).any(1)).flatten().tolist()
-        logs = sums.log2_()
-        for a in lost:  # a row whose neighbours in a child and in a rest are so different that every product underflows
-            logs[a] = self._log_sums_of(rows.start + a)
+            rests, kids = self._exponents(whole, rows, slice(col, min(col + TILE_COLUMNS, self.n)))
+            sums.baddbmm_(kids.exp2_().transpose(0, 1), rests.exp2_().permute(1, 2, 0))
+        sums = sums[:, : self.n_children + 1, : self.n_parents + 1]
+        limits = torch.finfo(self.dtype)
+        safe = ((sums > limits.tiny * 2**24) & (sums < limits.max)).flatten(1).all(1)
+        logs = sums.log2()
+        for a in torch.nonzero(~safe).flatten().tolist():
+            logs[a] = self._log_sums_of(slice(rows.start + a, rows.start + a + 1))
         return logs
 
-    def _log_sums_of(self, row: int) -> Tensor:
-        """As `_log_sums` for one row, entirely in logarithms and double precision: slower, and cannot underflow."""
-        exponents = self.exponents(slice(row, row + 1), slice(0, self.n))
-        rests, kids = (e[:, 0].double() - e[:, 0].double().amax(1, keepdim=True) for e in exponents)
-        return torch.stack([torch.logsumexp((kid + rests) * np.log(2), dim=1) for kid in kids]) / np.log(2)
+    def _log_sums_of(self, row: slice) -> Tensor:
+        """As `_log_sums` for one row whose kernels under- or overflow: slower, in double precision.
+
+        Each kernel's largest exponent is moved to 0; children of which a sum still vanishes are summed in logarithms.
+        """
+        exponents = self._exponents(self._whole(row), row, slice(0, self.n))
+        rests, kids = (
+            e[: k + 1, 0].double() for e, k in zip(exponents, (self.n_parents, self.n_children), strict=True)
+        )
+        rests, kids = (e - e.amax(1, keepdim=True) for e in (rests, kids))
+        sums = kids.exp2() @ rests.exp2().T
+        logs = sums.log2()
+        for j in torch.nonzero((sums < 2.0**-900).any(1)).flatten().tolist():
+            logs[j] = torch.logsumexp((kids[j] + rests) * np.log(2), dim=1) / np.log(2)
+        return logs
 
 
-def _split(samples: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
-    return [samples[:, groups == g] for g in range(groups.max() + 1)]
+def _split_and_pad(samples: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
+    """The samples of each group, then empty groups: the extra one, and more up to a size that matrix products like."""
+    parts = [samples[:, groups == g] for g in range(groups.max() + 1)]
+    return parts + [samples[:, :0]] * (8 - len(parts) % 8)
