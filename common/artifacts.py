@@ -52,6 +52,11 @@ def of_pair(family: Path, parent: str, child: str) -> Path:
     return family.with_name(f"{family.name.removesuffix('.npy')}_{parent}_{child}.npy")
 
 
+def beside(scores: Path, kind: str) -> Path:
+    """A further file about the scores of one layer pair."""
+    return scores.with_name(scores.name.replace("I_parent", kind, 1))
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -108,11 +108,12 @@ FLAGS = {
     "seed": _flag("2", INDEX, "seed of the drawn images", 0),
     "device_ids": _flag("2", INDEX, GPU, 0),
     "estimator": _flag("2", tuple(ESTIMATORS), "estimator of the conditional mutual information", "kde"),
-    "width": _flag("2", POSITIVE, "kernel width, times the square root of the number of parent units", kde.WIDTH),
-    "precision": _flag("2", tuple(kde.PRECISIONS), "arithmetic of the scores", "single"),
-    "split_half": _flag(
-        "2", None, "also score two halves of the images and report their agreement", action="store_true"
-    ),
+    "width": _flag("2", POSITIVE, f"kde: kernel width in square roots of the number of parent units ({kde.WIDTH})"),
+    "precision": _flag("2", tuple(kde.PRECISIONS), "kde: arithmetic of the scores (single)"),
+    "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (cpu)"),
+    "split_half": _flag("2", None, "also score two halves of the images; report their agreement", action="store_true"),
+    "bootstrap": _flag("2", number(int, 2), "also standard errors of the scores, from so many halves of the images"),
+    "null": _flag("2", COUNT, "also the scores' distribution without dependence, from so many permutations"),
     "parent_clusters": _flag("23", COUNT, "number of groups of each parent layer", **MANY),
     "children_clusters": _flag("23", COUNT, "number of groups of each child layer; the last keeps its classes", **MANY),
     "key_id": _flag("23", INDEX, "which layer pair (stage 2) or pruned share of the grid (stage 3), from 0"),
@@ -222,14 +223,17 @@ def check_save_dir(args: argparse.Namespace) -> None:
 
 
 def estimator(args: argparse.Namespace) -> dict:
-    """The options of the estimator that the flags ask for."""
-    return {
-        "estimator": args.estimator,
-        "n_jobs": args.cores,
-        "seed": args.seed,
-        "width": args.width,
-        "precision": args.precision,
-    }
+    """The options of `scoring.score` that the flags ask for."""
+    options = {"estimator": args.estimator, "n_jobs": args.cores, "seed": args.seed}
+    options |= {"split_half": args.split_half, "bootstrap": args.bootstrap or 0, "null": args.null or 0}
+    given = {flag: getattr(args, flag) for flag in ("width", "precision", "device") if getattr(args, flag) is not None}
+    if args.estimator != "kde" and given:
+        raise InputError(f"--{next(iter(given))} belongs to --estimator kde, not to {args.estimator}")
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: this machine has no CUDA GPU")
+        given["device"] = f"cuda:{args.device_ids}"
+    return {"precision": "single", **options, **given} if args.estimator == "kde" else options
 
 
 def blocks_and_scores(

@@ -149,7 +149,7 @@ def costs() -> str:
         ),
         (
             "train the MLP on MNIST",
-            f"{speed['project']:.0f} epochs per minute; torchvision's DataLoader with 2 workers: {speed['dataloader']:.0f}",
+            f"{speed['project']:.0f} epochs per minute; torchvision's DataLoader, 2 workers: {speed['dataloader']:.0f}",
             f"{100 * training['share_of_matmul_floor']:.0f} % (its matrix products alone)",
         ),
     ]

@@ -9,14 +9,25 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from common import artifacts
-from common.cmi import layer_cmi
+from common.cmi import RESUMABLE, layer_cmi
 from common.errors import InputError
 from common.masks import Blocks
 
 SAVE_EVERY = 5.0  # seconds between two notes of how far the work has come
 
 
-def score(children, parents, blocks: Blocks, files: list[Path], record: dict, *, split_half: bool, **options) -> None:
+def score(
+    children,
+    parents,
+    blocks: Blocks,
+    files: list[Path],
+    record: dict,
+    *,
+    split_half: bool = False,
+    bootstrap: int = 0,
+    null: int = 0,
+    **options,
+) -> None:
     """Score a layer pair and write scores, labels and record.
 
     Parameters
@@ -26,6 +37,8 @@ def score(children, parents, blocks: Blocks, files: list[Path], record: dict, *,
     files : paths of the scores, the parents' labels and the children's labels
     record : what is known of the run so far
     split_half : also measure the scores' reliability
+    bootstrap : number of subsamples for a standard error of every score, written beside them; 0: none
+    null : number of permutations for the distribution of each child group's scores without dependence; 0: none
     **options : of `layer_cmi`
     """
     start = time.perf_counter()
@@ -41,11 +54,18 @@ def score(children, parents, blocks: Blocks, files: list[Path], record: dict, *,
     }
     if split_half:
         measured["split_half_rank_correlation"] = halves(*inputs, **options)
+    contents = dict(zip(files, (scores, blocks.parent_groups, blocks.child_groups), strict=True))
+    if bootstrap:
+        errors = standard_errors(*inputs, count=bootstrap, **options)
+        contents[artifacts.beside(files[0], "SE")] = errors
+        measured["mean_standard_error"] = float(errors.mean())
+    if null:
+        summary = permutation_null(*inputs, count=null, **options)
+        contents[artifacts.beside(files[0], "Null")] = summary
+        measured["null_mean"] = float(summary[:, 0].mean())
+        measured["share_above_null_95_percent"] = float((scores > summary[:, 2:]).mean())
     record = {**record, "status": "complete", "scores": measured, "wall_seconds": round(time.perf_counter() - start, 1)}
-    contents = (scores, blocks.parent_groups, blocks.child_groups)
-    artifacts.save(
-        {path: artifacts.array_bytes(content) for path, content in zip(files, contents, strict=True)}, record
-    )
+    artifacts.save({path: artifacts.array_bytes(content) for path, content in contents.items()}, record)
     for leftover in partial.parent.glob(f"{partial.stem}*.npz"):
         leftover.unlink()
     print(
@@ -82,9 +102,10 @@ def resumable(children, parents, child_groups, parent_groups, partial: Path, **o
 
     The file stays when the scores are done: they are then read off it at once. The caller removes it.
     """
-    key = _fingerprint(
-        children, parents, child_groups, parent_groups, {k: v for k, v in options.items() if k != "n_jobs"}
-    )
+    inputs = (children, parents, child_groups, parent_groups)
+    if options.get("estimator") not in RESUMABLE:
+        return layer_cmi(*inputs, **options)
+    key = _fingerprint(*inputs, {k: v for k, v in options.items() if k != "n_jobs"})
     start = artifacts.load_partial(partial, key)
     saved = time.monotonic()
     with tqdm(total=len(children), initial=start[0] if start else 0, unit="row", disable=None) as progress:
@@ -96,19 +117,49 @@ def resumable(children, parents, child_groups, parent_groups, partial: Path, **o
                 artifacts.save_partial(partial, key, done, total)
                 saved = time.monotonic()
 
-        return layer_cmi(children, parents, child_groups, parent_groups, start=start, on_rows=on_rows, **options)
+        return layer_cmi(*inputs, start=start, on_rows=on_rows, **options)
 
 
 def halves(children, parents, child_groups, parent_groups, partial: Path, **options) -> float:
     """Rank correlation of the scores from two disjoint halves of the rows: how far they can be trusted as a ranking."""
     half = len(children) // 2
-    scores = [
-        resumable(
-            children[rows], parents[rows], child_groups, parent_groups, partial.with_suffix(f".{name}.npz"), **options
-        )
+    first, second = (
+        resumable(children[rows], parents[rows], child_groups, parent_groups, _part(partial, name), **options)
         for name, rows in (("first", slice(0, half)), ("second", slice(half, 2 * half)))
-    ]
-    return float(spearmanr(scores[0].ravel(), scores[1].ravel()).statistic)
+    )
+    return float(spearmanr(first.ravel(), second.ravel()).statistic)
+
+
+def standard_errors(*inputs, count: int, **options) -> np.ndarray:
+    """Standard error (H, G) of every score: its standard deviation over random halves of the rows.
+
+    The delete-half jackknife (Shao and Wu, Annals of Statistics 17, 1989). Rows are drawn without replacement, since a
+    row and its copy are nearest neighbours and break estimates of density.
+    """
+    children, parents, *groups, partial = inputs
+    rng, scores = np.random.default_rng([options["seed"], 2]), []
+    for b in range(count):
+        rows = rng.permutation(len(children))[: len(children) // 2]
+        scores.append(resumable(children[rows], parents[rows], *groups, _part(partial, f"draw{b}"), **options))
+    return np.std(scores, axis=0, ddof=1)
+
+
+def permutation_null(*inputs, count: int, **options) -> np.ndarray:
+    """Mean, standard deviation and 95th percentile (H, 3) of each child group's scores when its rows are permuted.
+
+    Permuting all children's rows together keeps everything but the dependence on the parents.
+    """
+    children, parents, *groups, partial = inputs
+    rng, scores = np.random.default_rng([options["seed"], 3]), []
+    for b in range(count):
+        rows = rng.permutation(len(children))
+        scores.append(resumable(children[rows], parents, *groups, _part(partial, f"null{b}"), **options))
+    pooled = np.hstack(scores)
+    return np.stack([pooled.mean(1), pooled.std(1), np.quantile(pooled, 0.95, axis=1)], axis=1)
+
+
+def _part(partial: Path, name: str) -> Path:
+    return partial.with_suffix(f".{name}.npz")
 
 
 def _fingerprint(*parts) -> str:

@@ -29,14 +29,13 @@ def main() -> None:
         **GROUPS,
     )
     parent, child = PAIRS[cli.in_range("key_id", args.key_id, PAIRS)]
+    options = cli.estimator(args)
     device = cli.device(args.device_ids)
     network, weights = MLP(args.dims), args.weights_dir / "logits_best.pkl"
     checkpoint = artifacts.load_weights(network, weights)
     data = load(args.dataset, args.data_dir, val_size=checkpoint.get("val_size", 0), device=device)
     cli.check_data(args, data, checkpoint)
-    groups = cli.one_per_pair("parent_clusters", args.parent_clusters, 1) + cli.one_per_pair(
-        "children_clusters", args.children_clusters, 1
-    )
+    groups = (cli.one_per_pair(flag, getattr(args, flag), 1)[0] for flag in GROUPS)
     blocks = masks.contiguous_blocks(network, child, *groups, last=child == PAIRS[-1][1])
     files = [artifacts.of_pair(f, parent, child) for f in artifacts.score_families(args.weights_dir, args.name_postfix)]
     record = {"stage": 2, "arguments": cli.recorded(args), "inputs": artifacts.checksums(weights)}
@@ -45,7 +44,7 @@ def main() -> None:
     rows = sample_per_class(data.train.labels, args.samples_per_class, args.seed)
     parents, children = activations.paired(network.to(device), [child], data.train[rows])[child]
     record |= {"data": data.describe(), **artifacts.circumstances(device)}
-    scoring.score(children, parents, blocks, files, record, split_half=args.split_half, **cli.estimator(args))
+    scoring.score(children, parents, blocks, files, record, **options)
 
 
 if __name__ == "__main__":

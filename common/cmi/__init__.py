@@ -6,10 +6,11 @@ estimator; `ESTIMATORS` lists them. Adding one is a function with the signature 
 
 import numpy as np
 
-from common.cmi import kde
-from common.cmi.inputs import check_groups, check_samples
+from common.cmi import gaussian, gmi, kde
+from common.cmi.inputs import Layer, check_samples
 
-ESTIMATORS = {"kde": kde.scores}
+RESUMABLE = ("kde",)  # estimators that report progress and can start from it: options `on_rows` and `start`
+ESTIMATORS = {"kde": kde.scores, "gaussian": gaussian.scores, "gmi": gmi.scores, "gmi-residual": gmi.residual_scores}
 
 
 def cmi(x, y, z=None, *, estimator: str = "kde", seed: int = 0, **options) -> float:
@@ -68,8 +69,8 @@ def layer_cmi(
     Returns
     -------
     (H, G) float64 ndarray
-        Nats; element (j, i) is I(C_j; P_i | all other P), with groups in ascending order of their labels. Exactly 0
-        for groups whose units are all constant.
+        In nats (gmi: a share, see there). Element (j, i) is I(C_j; P_i | all other P), with groups in ascending order
+        of their labels; exactly 0 for groups whose units are all constant.
 
     Raises
     ------
@@ -79,9 +80,5 @@ def layer_cmi(
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}; choose from {', '.join(ESTIMATORS)}")
-    children, parents = check_samples(children, "children"), check_samples(parents, "parents")
-    if len(children) != len(parents):
-        raise ValueError(f"children and parents need the same number of rows, not {len(children)} and {len(parents)}")
-    child_groups = check_groups(child_groups, children, "child_groups")
-    parent_groups = check_groups(parent_groups, parents, "parent_groups")
-    return ESTIMATORS[estimator](children, parents, child_groups, parent_groups, n_jobs=n_jobs, seed=seed, **options)
+    layer = Layer(children, parents, child_groups, parent_groups)
+    return np.where(layer.live, ESTIMATORS[estimator](layer, n_jobs=n_jobs, seed=seed, **options), 0.0)

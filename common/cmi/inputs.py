@@ -43,3 +43,30 @@ def standardise(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     deviation = scaled.std(axis=0)
     live = deviation > 1e-9
     return np.where(live, scaled / np.where(live, deviation, 1), 0.0), live
+
+
+class Layer:
+    """The checked and standardised inputs of an estimator.
+
+    Attributes
+    ----------
+    children, parents : (n, c) and (n, p) float64 arrays, every unit with mean 0 and variance 1, constant units 0
+    child_groups, parent_groups : (c,) and (p,) group indices from 0 without gaps, H and G different ones
+    child_units, parent_units : (H,) and (G,) numbers of units that are not constant
+    live : (H, G) False where a group of the pair has no such unit and the score is 0
+    n, shape : number of rows; (H, G)
+    """
+
+    def __init__(self, children, parents, child_groups, parent_groups) -> None:
+        children, parents = check_samples(children, "children"), check_samples(parents, "parents")
+        if len(children) != len(parents):
+            rows = f"{len(children)} and {len(parents)}"
+            raise ValueError(f"children and parents need the same number of rows, not {rows}")
+        self.child_groups = check_groups(child_groups, children, "child_groups")
+        self.parent_groups = check_groups(parent_groups, parents, "parent_groups")
+        self.children, live_children = standardise(children)
+        self.parents, live_parents = standardise(parents)
+        self.child_units = np.bincount(self.child_groups, live_children).astype(int)
+        self.parent_units = np.bincount(self.parent_groups, live_parents).astype(int)
+        self.live = (self.child_units > 0)[:, None] & (self.parent_units > 0)
+        self.n, self.shape = len(parents), self.live.shape

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.cmi.inputs import standardise
+from common.cmi.inputs import Layer
 
 WIDTH = 0.25  # kernel width per square root of the number of parent units; see `widths`
 TASK_ROWS = 64  # rows of one task: the unit of parallel work, of progress and of resuming
 TILE = 2**19  # kernel values in one tile: what a core's share of the cache holds
 TILE_COLUMNS = 128
+GPU_TILE = 2**28  # 1 GiB of single precision
 PRECISIONS = {"single": torch.float32, "double": torch.float64}
 
 
@@ -50,26 +51,26 @@ def widths(n_units: int, factor: float = WIDTH) -> tuple[float, float]:
 
 
 def scores(
-    children: np.ndarray,
-    parents: np.ndarray,
-    child_groups: np.ndarray,
-    parent_groups: np.ndarray,
+    layer: Layer,
     *,
     n_jobs: int = 1,
     seed: int = 0,
     width: float = WIDTH,
     precision: str = "double",
+    device: str | torch.device = "cpu",
     start: tuple[int, np.ndarray] | None = None,
     on_rows: Callable[[int, np.ndarray], None] | None = None,
 ) -> np.ndarray:
-    """Leave-one-out KDE scores of all pairs; see `common.cmi.layer_cmi` for shapes and meaning.
+    """Leave-one-out KDE scores of all pairs; see `common.cmi.layer_cmi` for their meaning.
 
     Parameters
     ----------
-    child_groups, parent_groups : group indices from 0 without gaps
+    layer : the samples and groups
+    n_jobs : parallel workers
     seed : not used; the estimate is deterministic
     width : factor of `widths`
     precision : "double", or "single" at less than half the cost
+    device : where the tensors live; on a GPU there is one worker, and results differ from the CPU's by rounding
     start : (rows done, sum over these rows) as last given to `on_rows`, to continue an interrupted run
     on_rows : called in order after every task with (rows done, sum over these rows in bits)
 
@@ -83,40 +84,37 @@ def scores(
     (1995) for mutual information. It ranks groups reliably in wide layers; its absolute value is biased towards 0
     there.
     """
-    layer = _Layer(children, parents, child_groups, parent_groups, width, PRECISIONS[precision])
-    done, total = start or (0, np.zeros((layer.n_children, layer.n_parents)))
+    done, total = start or (0, np.zeros(layer.shape))
+    kernels = _Kernels(layer, width, PRECISIONS[precision], torch.device(device))
     tasks = [(row, min(row + TASK_ROWS, layer.n)) for row in range(done, layer.n, TASK_ROWS)]
     threads = torch.get_num_threads()
     try:
-        parallel = joblib.Parallel(n_jobs, backend="threading", return_as="generator")
-        for (_, end), part in zip(tasks, parallel(joblib.delayed(layer.sum_rows)(*t) for t in tasks), strict=True):
+        workers = n_jobs if kernels.device.type == "cpu" else 1
+        parallel = joblib.Parallel(workers, backend="threading", return_as="generator")
+        for (_, end), part in zip(tasks, parallel(joblib.delayed(kernels.sum_rows)(*t) for t in tasks), strict=True):
             total = total + part
             if on_rows is not None:
                 on_rows(end, total)
     finally:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(False)
-    return np.where(layer.live, total * (np.log(2) / layer.n), 0.0)
+    return total * (np.log(2) / layer.n)
 
 
-class _Layer:
+class _Kernels:
     """Factors from which any tile of exponents (to base 2) is one small matrix product per group."""
 
-    def __init__(self, children, parents, child_groups, parent_groups, factor, dtype):
-        parents, live_parents = standardise(parents)
-        children, live_children = standardise(children)
-        parent_width, child_width = widths(live_parents.sum(), factor)
-        self.n, self.dtype = len(parents), dtype
-        self.n_parents, self.n_children = parent_groups.max() + 1, child_groups.max() + 1
-        units = np.bincount(parent_groups, live_parents, self.n_parents)
-        child_units = np.bincount(child_groups, live_children, self.n_children)
-        self.live = (child_units > 0)[:, None] & (units > 0)
+    def __init__(self, layer: Layer, factor: float, dtype: torch.dtype, device: torch.device) -> None:
+        self.n, self.dtype, self.device = layer.n, dtype, device
+        self.tile_columns = TILE_COLUMNS if device.type == "cpu" else self.n
+        self.n_children, self.n_parents = layer.shape
+        parent_width, child_width = widths(layer.parent_units.sum(), factor)
         scale = np.sqrt(np.log2(np.e) / 2)
-        parents = parents * (scale / parent_width)
-        children = children * (scale / (child_width * np.sqrt(np.maximum(child_units, 1)[child_groups])))
+        child_widths = child_width * np.sqrt(np.maximum(layer.child_units, 1))[layer.child_groups]
+        parents, children = layer.parents * (scale / parent_width), layer.children * (scale / child_widths)
         self.whole = self._factors([parents], -1)
-        self.rests = self._factors(_split_and_pad(parents, parent_groups), +1)
-        self.kids = self._factors(_split_and_pad(children, child_groups), -1)
+        self.rests = self._factors(_split_and_pad(parents, layer.parent_groups), +1)
+        self.kids = self._factors(_split_and_pad(children, layer.child_groups), -1)
 
     def _factors(self, groups: list[np.ndarray], sign: int) -> tuple[Tensor, Tensor]:
         """Left (k, n, d + 2) and right (k, d + 2, n) factors whose product is sign * squared distance, per group."""
@@ -128,19 +126,23 @@ class _Layer:
             if d:
                 left[k, :, units], right[k, units] = sign * norms, 1
                 left[k, :, units + 1], right[k, units + 1] = sign, norms
-        return torch.from_numpy(left).to(self.dtype), torch.from_numpy(right).to(self.dtype)
+        return tuple(torch.from_numpy(factor).to(self.device, self.dtype) for factor in (left, right))
 
     def sum_rows(self, first: int, end: int) -> np.ndarray:
         """Sum over rows first <= a < end of the four logarithms (base 2) of every pair."""
         torch.set_num_threads(1)  # the workers are the parallelism; also what makes the result independent of them
         torch.set_flush_denormal(True)  # kernels just above underflow would cost four times the time
-        step = max(1, TILE // (TILE_COLUMNS * (len(self.rests[0]) + len(self.kids[0]))))
+        tile = TILE if self.device.type == "cpu" else GPU_TILE
+        step = max(1, tile // (self.tile_columns * (len(self.rests[0]) + len(self.kids[0]))))
         total = np.zeros((self.n_children, self.n_parents))
         for row in range(first, end, step):
             logs = self._log_sums(slice(row, min(row + step, end)))
             given_all, given_rest = logs[:, :-1, -1:], logs[:, :-1, :-1]
             total += (
-                (given_all - given_rest + logs[:, -1:, :-1] - logs[:, -1:, -1:]).sum(0, dtype=torch.float64).numpy()
+                (given_all - given_rest + logs[:, -1:, :-1] - logs[:, -1:, -1:])
+                .sum(0, dtype=torch.float64)
+                .cpu()
+                .numpy()
             )
         return total
 
@@ -162,9 +164,9 @@ class _Layer:
     def _log_sums(self, rows: slice) -> Tensor:
         """Logarithms (rows, H + 1, G + 1) of the sums over all other rows, up to terms that cancel between the four."""
         whole = self._whole(rows)
-        sums = torch.zeros(len(whole), len(self.kids[0]), len(self.rests[0]), dtype=self.dtype)
-        for col in range(0, self.n, TILE_COLUMNS):
-            rests, kids = self._exponents(whole, rows, slice(col, min(col + TILE_COLUMNS, self.n)))
+        sums = torch.zeros(len(whole), len(self.kids[0]), len(self.rests[0]), dtype=self.dtype, device=self.device)
+        for col in range(0, self.n, self.tile_columns):
+            rests, kids = self._exponents(whole, rows, slice(col, min(col + self.tile_columns, self.n)))
             sums.baddbmm_(kids.exp2_().transpose(0, 1), rests.exp2_().permute(1, 2, 0))
         sums = sums[:, : self.n_children + 1, : self.n_parents + 1]
         limits = torch.finfo(self.dtype)
