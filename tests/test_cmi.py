@@ -2,9 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse.csgraph import minimum_spanning_tree
+from scipy.spatial.distance import pdist, squareform
 from scipy.special import logsumexp
 
-from common.cmi import ESTIMATORS, cmi, kde, layer_cmi
+from common.cmi import ESTIMATORS, cmi, gmi, kde, layer_cmi
 
 
 def layer(rng, n=40, parents=9, children=6):
@@ -55,14 +60,14 @@ def test_row_whose_products_all_underflow():
     assert np.isfinite(layer_cmi(*data, width=0.01, precision="single")).all()
 
 
-def test_cmi_agrees_with_layer(rng):
-    children, parents, child_groups, parent_groups = layer(rng)
-    scores = layer_cmi(children, parents, child_groups, parent_groups)
+@pytest.mark.parametrize("estimator", ["kde", "gaussian"])
+def test_cmi_agrees_with_layer(rng, estimator):
+    children, parents, child_groups, parent_groups = layer(rng, n=60)
+    scores = layer_cmi(children, parents, child_groups, parent_groups, estimator=estimator)
     for j, i in np.ndindex(scores.shape):
         own = parent_groups == i
-        assert cmi(children[:, child_groups == j], parents[:, own], parents[:, ~own]) == pytest.approx(
-            scores[j, i], abs=1e-12
-        )
+        alone = cmi(children[:, child_groups == j], parents[:, own], parents[:, ~own], estimator=estimator)
+        assert alone == pytest.approx(scores[j, i], abs=1e-12)
 
 
 @pytest.mark.parametrize(("information", "tolerance"), [(0.0, 0.03), (0.2, 0.03), (1.0, 0.12)])
@@ -134,6 +139,94 @@ def test_constant_units_carry_nothing(rng):
     assert (scores[:, 3] == 0).all()
 
 
+def gaussian_triple(rng, dims, information, n):
+    """Jointly Gaussian x, y, z with Z a cause of both and I(X; Y | Z) = `information` nats in closed form."""
+    dx, dy, dz = dims
+    pairs = min(dx, dy)
+    rho = np.sqrt(1 - np.exp(-2 * information / pairs))
+    z, x, y = rng.normal(size=(n, dz)), rng.normal(size=(n, dx)), rng.normal(size=(n, dy))
+    x[:, :pairs] = rho * y[:, :pairs] + np.sqrt(1 - rho**2) * x[:, :pairs]
+    return x + z @ rng.normal(size=(dz, dx)) / np.sqrt(dz), y + z @ rng.normal(size=(dz, dy)) / np.sqrt(dz), z
+
+
+@pytest.mark.parametrize("dims", [(1, 1, 1), (5, 5, 20), (30, 50, 450)])
+@pytest.mark.parametrize("information", [0.0, 0.2, 1.0])
+def test_gaussian_is_the_closed_form_in_any_dimension(rng, dims, information):
+    """Mean of ten samples: its standard error is below 0.01 nats."""
+    values = [cmi(*gaussian_triple(rng, dims, information, 2500), estimator="gaussian") for _ in range(10)]
+    assert np.mean(values) == pytest.approx(information, abs=0.03)
+
+
+def test_gaussian_is_the_literal_log_determinants(rng):
+    """1/2 (log|xz| + log|yz| - log|z| - log|xyz|) of the shrunk correlation matrix, without correction."""
+    children, parents, child_groups, parent_groups = layer(rng, n=30)
+    scores = layer_cmi(children, parents, child_groups, parent_groups, estimator="gaussian", shrinkage=0.1)
+    matrix = 0.9 * np.corrcoef(np.hstack([parents, children]).T) + 0.1 * np.eye(15)
+
+    def log_det(*units):
+        units = np.concatenate(units)
+        return np.linalg.slogdet(matrix[np.ix_(units, units)])[1]
+
+    for j, i in np.ndindex(scores.shape):
+        x, y = 9 + np.flatnonzero(child_groups == j), np.flatnonzero(parent_groups == i)
+        z = np.flatnonzero(parent_groups != i)
+        expected = (log_det(x, z) + log_det(y, z) - log_det(z) - log_det(x, y, z)) / 2
+        assert scores[j, i] == pytest.approx(expected, abs=1e-10)
+
+
+def test_gaussian_survives_children_that_are_functions_of_the_parents(rng):
+    parents = rng.normal(size=(500, 20))
+    weights = rng.normal(size=(20, 4)) * (np.arange(20) < 10)[:, None]
+    scores = layer_cmi(parents @ weights, parents, [0, 0, 1, 1], np.arange(20) // 5, estimator="gaussian")
+    assert np.isfinite(scores).all()
+    assert scores[:, :2].min() > 5 * scores[:, 2:].max()
+
+
+def literal_tree_share(points, m):
+    """1 - R / m with scipy's minimum spanning tree; every distance is raised by 1, since scipy takes 0 for no edge."""
+    tree = minimum_spanning_tree(squareform(pdist(points)) + 1).tocoo()
+    return 1 - ((tree.row < m) != (tree.col < m)).sum() / m
+
+
+def test_crossings_are_those_of_a_minimum_spanning_tree(rng):
+    shared, kids = rng.normal(size=(80, 5)), rng.normal(size=(3, 80, 2))
+    kids[:, 40:] += np.array([0, 1, 4])[:, None, None]
+    distances = torch.from_numpy(squareform(pdist(shared, "sqeuclidean")))
+    shares = gmi._share_separated(distances, torch.from_numpy(kids), 40)
+    expected = [literal_tree_share(np.hstack([shared, kid]), 40) for kid in kids]
+    assert shares.tolist() == pytest.approx(expected)
+
+
+def test_gmi_is_near_0_without_dependence(rng):
+    """The remainder is the distance between a row and the donor of its Y: it grows with the dimension of Z."""
+    values = [cmi(*gaussian_triple(rng, (2, 2, 5), 0, 2500), estimator="gmi", seed=s) for s in range(3)]
+    assert abs(np.mean(values)) < 0.1
+    z = rng.normal(size=(2500, 1))
+    x, y = z + 0.5 * rng.normal(size=z.shape), z + 0.5 * rng.normal(size=z.shape)
+    assert abs(cmi(x, y, z, estimator="gmi")) < 0.12
+    assert cmi(x, y, estimator="gmi") > 0.2
+
+
+def test_gmi_of_one_to_one_dependence_is_near_1(rng):
+    y = rng.normal(size=(3000, 1))
+    assert cmi(y, y, estimator="gmi") > 0.9
+
+
+def test_gmi_with_tied_rows(rng):
+    """Coarse values: many rows at distance 0, whose donors must not all be the same."""
+    x, y, z = (rng.integers(0, 3, (1200, 1)) for _ in range(3))
+    assert abs(cmi(x, y, z, estimator="gmi")) < 0.15
+
+
+def test_residual_gmi_ranks_where_raw_gmi_cannot(rng):
+    parents = rng.normal(size=(900, 100))
+    parent_groups, child_groups = np.arange(100) // 10, np.arange(30) // 10
+    children = np.hstack([parents[:, parent_groups == j] @ rng.normal(size=(10, 10)) for j in range(3)])
+    children += 0.5 * rng.normal(size=children.shape)
+    scores = layer_cmi(children, parents, child_groups, parent_groups, estimator="gmi-residual")
+    assert (scores.argmax(1) == [0, 1, 2]).all()
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_any_number_of_workers_gives_the_same_bits(rng, estimator):
     children, parents, *groups = layer(rng, n=300)
@@ -168,3 +261,70 @@ def test_bad_input_is_named(rng, message):
     names = ("children", "parents", "child_groups", "parent_groups")
     with pytest.raises(ValueError, match=message):
         layer_cmi(**{**dict(zip(names, layer(rng), strict=True)), **BAD[message]})
+
+
+@st.composite
+def small_layers(draw):
+    """Layers with few rows, groups of any size, labels from anywhere, units of any scale, some of them constant."""
+    n, p, c = draw(st.integers(6, 40)), draw(st.integers(1, 8)), draw(st.integers(1, 6))
+    labels = st.integers(-5, 5)
+    parent_groups, child_groups = (np.array(draw(st.lists(labels, min_size=k, max_size=k))) for k in (p, c))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    parents = rng.normal(size=(n, p)) * 10.0 ** rng.integers(-6, 6, p)
+    children = rng.normal(size=(n, c)) + parents[:, rng.integers(0, p, c)]
+    parents[:, rng.random(p) < 0.2] = draw(st.sampled_from([0.0, 1e9, -3.3]))
+    children[:, rng.random(c) < 0.2] = 1e-9
+    return children, parents, child_groups, parent_groups, rng
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=small_layers())
+def test_any_layer_has_finite_scores_and_dead_groups_0(estimator, data):
+    children, parents, child_groups, parent_groups, _ = data
+    scores = layer_cmi(children, parents, child_groups, parent_groups, estimator=estimator)
+    assert scores.shape == (len(np.unique(child_groups)), len(np.unique(parent_groups)))
+    assert np.isfinite(scores).all()
+    for j, label in enumerate(np.unique(child_groups)):
+        if (np.ptp(children[:, child_groups == label], axis=0) == 0).all():
+            assert (scores[j] == 0).all()
+    for i, label in enumerate(np.unique(parent_groups)):
+        if (np.ptp(parents[:, parent_groups == label], axis=0) == 0).all():
+            assert (scores[:, i] == 0).all()
+
+
+@pytest.mark.parametrize("estimator", ["kde", "gaussian"])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=small_layers())
+def test_scores_do_not_depend_on_order_or_scale(estimator, data):
+    children, parents, child_groups, parent_groups, rng = data
+    expected = layer_cmi(children, parents, child_groups, parent_groups, estimator=estimator)
+    rows, units, kids = (rng.permutation(k) for k in (*parents.shape, children.shape[1]))
+    moved = layer_cmi(
+        -3 * children[rows][:, kids] + 1,
+        parents[rows][:, units] * rng.uniform(0.5, 2, parents.shape[1]),
+        child_groups[kids],
+        parent_groups[units],
+        estimator=estimator,
+    )
+    np.testing.assert_allclose(moved, expected, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=small_layers())
+def test_kde_does_not_count_copies_of_a_layers_units(data):
+    """Every unit twice is the same layer: a group's distances and the width grow together."""
+    children, parents, child_groups, parent_groups, _ = data
+    twice = layer_cmi(np.tile(children, 2), np.tile(parents, 2), np.tile(child_groups, 2), np.tile(parent_groups, 2))
+    once = layer_cmi(children, parents, child_groups, parent_groups)
+    live = 0.25 * np.sqrt((np.ptp(parents, axis=0) > 0).sum())
+    if live >= 1:  # below, the child's width follows the number of parents
+        np.testing.assert_allclose(twice, once, atol=1e-8)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=small_layers())
+def test_one_parent_group_is_plain_mutual_information(data):
+    children, parents, *_ = data
+    alone = layer_cmi(children, parents, np.zeros(children.shape[1], int), np.full(parents.shape[1], 7))
+    assert alone[0, 0] == pytest.approx(cmi(children, parents), abs=1e-12)

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.cmi import ESTIMATORS
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGE1, STAGE2, STAGE3 = "train_stage1.py", "pruning_1b.py", "retrain_stage3.py"
 TRAIN = "--Dataset DIGITS --Val_size 200 --Epoch 3 --Batch_size 64".split()
@@ -96,6 +98,22 @@ def test_stage_2_writes_scores_labels_and_reliability(base):
     assert 0 < known["scores"]["split_half_rank_correlation"] <= 1
     assert np.load(base / "0" / "I_parent_cmi_fc2.weight_final.weight.npy").shape == (10, 50)  # classes stay single
     assert not list((base / "0").glob("*.npz"))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_stage_2_with_every_estimator_and_uncertainty(base, tmp_path, call, estimator):
+    for suffix in ("pkl", "json"):
+        (tmp_path / f"logits_best.{suffix}").write_bytes((base / "0" / f"logits_best.{suffix}").read_bytes())
+    groups = ["--parent_clusters", "5", "--children_clusters", "4", "--samples_per_class", "20"]
+    more = ["--estimator", estimator, "--name_postfix", estimator, "--bootstrap", "3", "--null", "2"]
+    call(STAGE2, *SCORE, *groups, *more, "--weights_dir", tmp_path, "--key_id", "0")
+    scores, errors, null = (
+        np.load(tmp_path / f"{kind}_{estimator}_fc1.weight_fc2.weight.npy") for kind in ("I_parent", "SE", "Null")
+    )
+    assert scores.shape == errors.shape == (4, 5)
+    assert (errors >= 0).all()
+    assert null.shape == (4, 3)
+    assert record(tmp_path / f"I_parent_{estimator}_fc1.weight_fc2.weight.npy")["scores"]["mean_standard_error"] > 0
 
 
 def test_stage_3_by_the_grid(base, tmp_path, call):
@@ -207,6 +225,8 @@ BAD = [
     (STAGE2, "{score} --key_id 0 --children_clusters 301", "--children_clusters 301: fc2.weight has 300"),
     (STAGE2, "{score} --key_id 0 --samples_per_class 900", "--samples_per_class 900: class"),
     (STAGE2, "{score} --key_id 0 --name_postfix ../y", "argument --name_postfix: .../y. may hold"),
+    (STAGE2, "{score} --key_id 0 --estimator gaussian --width 1", "--width belongs to --estimator kde, not to"),
+    (STAGE2, "{score} --key_id 0 --bootstrap 1", "argument --bootstrap: 1 is not a whole number at least 2"),
     (STAGE2, "{score} --key_id 0 --estimator magic", "argument --estimator: invalid choice"),
     (STAGE3, "--Save_dir {out} --Retrain {base}/0/logits_best.pkl", "give either --key_id.*or --Prune_per"),
     (STAGE3, "{legal} --key_id 1", "give either --key_id.*or --Prune_per"),
