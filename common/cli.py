@@ -80,9 +80,7 @@ FLAGS = {
     "Data_dir": {"stages": "13", **DATA_DIR},
     "Seed": _flag("13", INDEX, "seed of the first run", 0),
     "Val_size": _flag("13", INDEX, "training images held out to choose the best epoch by"),
-    "Select": _flag(
-        "13", ("val", "test"), "what chooses the best epoch; the paper's way is the test set itself", "val"
-    ),
+    "Select": _flag("13", ("val", "last", "test"), "epoch kept: best on held-out images, last, best on test", "val"),
     "Retrain": _flag("3", results_path, "the checkpoint to prune"),
     "Retrain_mask": _flag(
         "3", results_path, "DIR/I_parent_<postfix>.npy, for the scores of all pairs (cmi: beside RETRAIN)"

@@ -22,6 +22,7 @@ def train(
     best: Path,
     *,
     seed: int,
+    select: str,
     record: dict,
     final: Path | None = None,
     held: dict[str, Tensor] | None = None,
@@ -33,6 +34,7 @@ def train(
     network : on the data's device; if `held` is given, with these masks already applied
     best, final : where the checkpoints of the best and of the last epoch go
     seed : fixes order and dropout
+    select : what chooses the epoch that is kept: "val", "last" (nothing: the last epoch) or "test"
     record : what is known of the run before it starts
     held : masks that are kept at zero; their measures and the accuracy before training are recorded
 
@@ -41,14 +43,14 @@ def train(
     The record as written.
     """
     start = time.perf_counter()
-    selects, tolerance = (data.val, 1.0) if len(data.val) else (data.test, 0.0)
+    selects, tolerance = {"val": (data.val, 1.0), "last": (None, 0.0), "test": (data.test, 0.0)}[select]
     epochs: list[dict] = []
     held = held or {}
     before = copy.deepcopy(network.state_dict()) if held else None
     record = {
         **record,
         "seed": seed,
-        "epoch_chosen_on": "val" if len(data.val) else "test",
+        "epoch_chosen_by": select,
         "data": data.describe(),
         **artifacts.circumstances(data.train.labels.device),
     }
@@ -110,7 +112,7 @@ def show(record: dict) -> None:
         f"pruned {record['pruned_percent_masked_layers']:.2f} % of the masked layers "
         f"(asked: {record['requested_percent']:.2f} %), {record['pruned_percent_network']:.2f} % of all weights; "
         f"test accuracy {record['test_before_retraining']['accuracy']:.2f} % before retraining, "
-        f"{record['test']['accuracy']:.2f} % after (epoch {record['best']['epoch']} by {record['epoch_chosen_on']}); "
+        f"{record['test']['accuracy']:.2f} % after (epoch {record['best']['epoch']} by {record['epoch_chosen_by']}); "
         f"memory {record['memory_mib_masked_layers']:.3f} MiB (masked layers), "
         f"{record['memory_mib_network']:.3f} MiB (network)"
     )

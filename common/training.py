@@ -85,7 +85,7 @@ def train_epoch(
 def fit(
     network: nn.Module,
     train: Split,
-    val: Split,
+    val: Split | None,
     recipe: Recipe,
     *,
     seed: int,
@@ -94,7 +94,7 @@ def fit(
     on_epoch: Callable[[dict], None] | None = None,
     on_best: Callable[[dict, dict[str, Tensor]], None] | None = None,
 ) -> tuple[dict, dict[str, Tensor]]:
-    """Train by the recipe and keep the epoch that does best on `val`.
+    """Train by the recipe and keep the epoch that does best on `val`, or the last one if there is no `val`.
 
     Of the epochs whose accuracy on `val` is within `tolerance` standard errors of the best, the last is kept (the
     one-standard-error rule of Breiman et al., 1984): smaller differences are noise, and the last has learnt longest.
@@ -127,27 +127,28 @@ def fit(
             start = time.perf_counter()
             lr = schedule.get_last_lr()[0]
             loss, correct = train_epoch(network, optimizer, train, recipe.batch_size, epoch_seed(seed, epoch))
-            score = evaluate(network, val)
             line = {
                 "epoch": epoch,
                 "lr": lr,
                 "train_loss": loss.item() / len(train),
                 "train_accuracy": 100 * correct.item() / len(train),
-                "val_loss": score.loss,
-                "val_accuracy": score.accuracy,
-                "seconds": round(time.perf_counter() - start, 3),
             }
-            if not (math.isfinite(line["train_loss"]) and math.isfinite(score.loss)):
+            if val is not None:
+                score = evaluate(network, val)
+                line |= {"val_loss": score.loss, "val_accuracy": score.accuracy}
+                highest = max(highest, score.accuracy)
+            line["seconds"] = round(time.perf_counter() - start, 3)
+            if not all(math.isfinite(value) for value in line.values()):
                 raise Diverged(
                     f"the loss is not finite after epoch {epoch}; lower --Lr (now {recipe.lr:g}). "
                     + (f"The best checkpoint so far, of epoch {best['epoch']}, is kept." if best else "Nothing kept.")
                 )
             schedule.step()
-            progress.set_postfix(loss=f"{line['train_loss']:.4f}", val=f"{score.accuracy:.2f}%")
+            shown = line["train_accuracy"] if val is None else score.accuracy
+            progress.set_postfix(loss=f"{line['train_loss']:.4f}", accuracy=f"{shown:.2f}%")
             if on_epoch is not None:
                 on_epoch(line)
-            highest = max(highest, score.accuracy)
-            if score.accuracy >= highest - tolerance * math.sqrt(highest * (100 - highest) / len(val)):
+            if val is None or score.accuracy >= highest - tolerance * math.sqrt(highest * (100 - highest) / len(val)):
                 best = line
                 best_state = copy.deepcopy(network.state_dict())
                 if on_best is not None:

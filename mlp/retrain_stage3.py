@@ -56,7 +56,9 @@ def main() -> None:
         record = {"stage": 3, "arguments": cli.recorded(args), "inputs": inputs, "requested_percent": 100 * share}
         if artifacts.is_complete(best, record):
             continue
-        record = runs.train(network, data, cli.recipe(args), best, seed=seed, record=record, held=held)
+        record = runs.train(
+            network, data, cli.recipe(args), best, seed=seed, select=args.Select, record=record, held=held
+        )
         runs.show(record)
 
 

@@ -35,7 +35,14 @@ def main() -> None:
         network = runs.seeded(lambda: MLP(args.Dims), seed).to(device)
         print(f"{best.parent}: seed {seed}")
         runs.train(
-            network, data, cli.recipe(args), best, seed=seed, record=record, final=best.with_name("logits_final.pkl")
+            network,
+            data,
+            cli.recipe(args),
+            best,
+            seed=seed,
+            select=args.Select,
+            record=record,
+            final=best.with_name("logits_final.pkl"),
         )
 
 

@@ -157,6 +157,14 @@ def test_controls_prune_as_much(base, tmp_path, call, criterion, with_scores):
     assert record(tmp_path / "0" / "logits_90.00.pkl")["pruned_percent_masked_layers"] == pytest.approx(90)
 
 
+@pytest.mark.parametrize(("select", "images"), [("last", 1437), ("test", 1437), ("val", 1237)])
+def test_what_chooses_the_epoch_is_recorded(tmp_path, call, select, images):
+    call(STAGE1, *TRAIN, "--Select", select, "--Save_dir", tmp_path)
+    known = record(tmp_path / "0" / "logits_best.pkl")
+    assert known["epoch_chosen_by"] == select
+    assert known["data"]["train"] == images
+
+
 def test_finished_runs_are_not_repeated_and_not_overwritten(base, tmp_path, call):
     path = base / "0" / "logits_best.pkl"
     before = path.stat().st_mtime_ns

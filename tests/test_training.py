@@ -60,6 +60,14 @@ def test_one_standard_error_rule(monkeypatch, split, tolerance, kept):
     assert best["epoch"] == kept
 
 
+def test_without_validation_the_last_epoch_is_kept(split):
+    net = network()
+    best, state = fit(net, split, None, RECIPE, seed=0)
+    assert best["epoch"] == RECIPE.epochs
+    assert "val_accuracy" not in best
+    assert torch.equal(weights(net), torch.cat([p.flatten() for p in state.values()]))
+
+
 def test_evaluate_is_accuracy_and_cross_entropy(split):
     net = network()
     logits = net.eval()(split.images.float() / 255)
