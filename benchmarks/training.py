@@ -16,11 +16,10 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "mlp"), str(ROOT / "benchmarks")]
-from machine import matmul_rate
-
 from common import artifacts, cli
 from common.data import load, torchvision
 from common.training import OPTIMIZERS, Recipe, train_epoch
+from machine import matmul_rate
 from model import MLP, RECIPE
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial.distance import pdist, squareform
-from scipy.special import logsumexp
+from scipy.special import digamma, logsumexp
 
 from common.cmi import ESTIMATORS, cmi, gmi, kde, layer_cmi
 
@@ -60,7 +60,7 @@ def test_row_whose_products_all_underflow():
     assert np.isfinite(layer_cmi(*data, width=0.01, precision="single")).all()
 
 
-@pytest.mark.parametrize("estimator", ["kde", "gaussian"])
+@pytest.mark.parametrize("estimator", ["kde", "knn", "gaussian"])
 def test_cmi_agrees_with_layer(rng, estimator):
     children, parents, child_groups, parent_groups = layer(rng, n=60)
     scores = layer_cmi(children, parents, child_groups, parent_groups, estimator=estimator)
@@ -182,6 +182,35 @@ def test_gaussian_survives_children_that_are_functions_of_the_parents(rng):
     assert scores[:, :2].min() > 5 * scores[:, 2:].max()
 
 
+def literal_knn(x, y, z, k):
+    """The definition for one triple: count rows closer than the k-th neighbour, block by block."""
+    blocks = [(part - part.mean(0)) / part.std(0) for part in (x, y, z)]
+    in_x, in_y, in_z = (squareform(pdist(part)) / np.sqrt(part.shape[1]) for part in blocks)
+    total = digamma(k)
+    for a in range(len(x)):
+        others = np.arange(len(x)) != a
+        dx, dy, dz = in_x[a, others], in_y[a, others], in_z[a, others]
+        reach = np.sort(np.maximum(np.maximum(dx, dy), dz))[k - 1]
+        counts = [(d < reach).sum() for d in (dz, np.maximum(dx, dz), np.maximum(dy, dz))]
+        total += (digamma(counts[0] + 1) - digamma(counts[1] + 1) - digamma(counts[2] + 1)) / len(x)
+    return total
+
+
+def test_knn_is_the_literal_count(rng):
+    children, parents, child_groups, parent_groups = layer(rng)
+    scores = layer_cmi(children, parents, child_groups, parent_groups, estimator="knn", neighbours=3)
+    for j, i in np.ndindex(scores.shape):
+        own = parent_groups == i
+        expected = literal_knn(children[:, child_groups == j], parents[:, own], parents[:, ~own], 3)
+        assert scores[j, i] == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("information", [0.0, 0.2, 1.0])
+def test_knn_is_accurate_in_few_dimensions(rng, information):
+    values = [cmi(*gaussian_triple(rng, (1, 1, 1), information, 2500), estimator="knn") for _ in range(4)]
+    assert np.mean(values) == pytest.approx(information, abs=0.05)
+
+
 def literal_tree_share(points, m):
     """1 - R / m with scipy's minimum spanning tree; every distance is raised by 1, since scipy takes 0 for no edge."""
     tree = minimum_spanning_tree(squareform(pdist(points)) + 1).tocoo()
@@ -293,7 +322,7 @@ def test_any_layer_has_finite_scores_and_dead_groups_0(estimator, data):
             assert (scores[:, i] == 0).all()
 
 
-@pytest.mark.parametrize("estimator", ["kde", "gaussian"])
+@pytest.mark.parametrize("estimator", ["kde", "knn", "gaussian"])
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=small_layers())
 def test_scores_do_not_depend_on_order_or_scale(estimator, data):

@@ -6,11 +6,17 @@ estimator; `ESTIMATORS` lists them. Adding one is a function with the signature 
 
 import numpy as np
 
-from common.cmi import gaussian, gmi, kde
+from common.cmi import gaussian, gmi, kde, knn
 from common.cmi.inputs import Layer, check_samples
 
 RESUMABLE = ("kde",)  # estimators that report progress and can start from it: options `on_rows` and `start`
-ESTIMATORS = {"kde": kde.scores, "gaussian": gaussian.scores, "gmi": gmi.scores, "gmi-residual": gmi.residual_scores}
+ESTIMATORS = {
+    "kde": kde.scores,
+    "knn": knn.scores,
+    "gaussian": gaussian.scores,
+    "gmi": gmi.scores,
+    "gmi-residual": gmi.residual_scores,
+}
 
 
 def cmi(x, y, z=None, *, estimator: str = "kde", seed: int = 0, **options) -> float:

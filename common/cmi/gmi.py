@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common.cmi.gaussian import regress
-from common.cmi.inputs import Layer
+from common.cmi.inputs import Layer, one_thread_per_worker
 
 DIRECTIONS = 3  # canonical directions that the residual form keeps
 RIDGE = 0.1  # share of the identity in its regression's covariance, which has a third of the rows to go by
@@ -49,7 +49,6 @@ def scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0) -> np.ndarray:
     to_donors = _squared_distances(parents[replaced], parents[donors])
 
     def of_parent(i: int) -> np.ndarray:
-        torch.set_num_threads(1)
         own = parents[:, torch.from_numpy(layer.parent_groups == i)]
         if own.shape[1] == parents.shape[1]:
             donor = donors  # nothing to be near in: any row will do
@@ -82,7 +81,6 @@ def residual_scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0) -> np.ndarr
     unexplained = layer.children - layer.parents @ regression
 
     def of_parent(i: int) -> np.ndarray:
-        torch.set_num_threads(1)
         own = np.flatnonzero(layer.parent_groups == i)
         left = np.linalg.solve(precision[np.ix_(own, own)], (layer.parents @ precision[:, own]).T).T
         children = unexplained + left @ regression[own]
@@ -98,13 +96,9 @@ def residual_scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0) -> np.ndarr
 
 
 def _columns(of_parent, layer: Layer, n_jobs: int) -> np.ndarray:
-    threads = torch.get_num_threads()
-    try:
-        columns = joblib.Parallel(n_jobs, backend="threading")(
-            joblib.delayed(of_parent)(i) for i in range(layer.shape[1])
-        )
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread_per_worker():
+        parents = range(layer.shape[1])
+        columns = joblib.Parallel(n_jobs, backend="threading")(joblib.delayed(of_parent)(i) for i in parents)
     return np.stack(columns, axis=1)
 
 

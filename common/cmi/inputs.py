@@ -1,6 +1,10 @@
 """What every estimator asks of its inputs."""
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
+import torch
 
 MIN_ROWS = 3
 
@@ -70,3 +74,17 @@ class Layer:
         self.parent_units = np.bincount(self.parent_groups, live_parents).astype(int)
         self.live = (self.child_units > 0)[:, None] & (self.parent_units > 0)
         self.n, self.shape = len(parents), self.live.shape
+
+
+@contextlib.contextmanager
+def one_thread_per_worker() -> Iterator[None]:
+    """Keep torch from starting threads of its own: the workers are the parallelism.
+
+    It is also what makes results independent of their number, since sums then have one order.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.cmi.inputs import Layer
+from common.cmi.inputs import Layer, one_thread_per_worker
 
 WIDTH = 0.25  # kernel width per square root of the number of parent units; see `widths`
 TASK_ROWS = 64  # rows of one task: the unit of parallel work, of progress and of resuming
@@ -87,17 +87,13 @@ def scores(
     done, total = start or (0, np.zeros(layer.shape))
     kernels = _Kernels(layer, width, PRECISIONS[precision], torch.device(device))
     tasks = [(row, min(row + TASK_ROWS, layer.n)) for row in range(done, layer.n, TASK_ROWS)]
-    threads = torch.get_num_threads()
-    try:
-        workers = n_jobs if kernels.device.type == "cpu" else 1
-        parallel = joblib.Parallel(workers, backend="threading", return_as="generator")
+    workers = n_jobs if kernels.device.type == "cpu" else 1
+    parallel = joblib.Parallel(workers, backend="threading", return_as="generator")
+    with one_thread_per_worker():
         for (_, end), part in zip(tasks, parallel(joblib.delayed(kernels.sum_rows)(*t) for t in tasks), strict=True):
             total = total + part
             if on_rows is not None:
                 on_rows(end, total)
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_flush_denormal(False)
     return total * (np.log(2) / layer.n)
 
 
@@ -130,7 +126,6 @@ class _Kernels:
 
     def sum_rows(self, first: int, end: int) -> np.ndarray:
         """Sum over rows first <= a < end of the four logarithms (base 2) of every pair."""
-        torch.set_num_threads(1)  # the workers are the parallelism; also what makes the result independent of them
         torch.set_flush_denormal(True)  # kernels just above underflow would cost four times the time
         tile = TILE if self.device.type == "cpu" else GPU_TILE
         step = max(1, tile // (self.tile_columns * (len(self.rests[0]) + len(self.kids[0]))))
@@ -138,12 +133,9 @@ class _Kernels:
         for row in range(first, end, step):
             logs = self._log_sums(slice(row, min(row + step, end)))
             given_all, given_rest = logs[:, :-1, -1:], logs[:, :-1, :-1]
-            total += (
-                (given_all - given_rest + logs[:, -1:, :-1] - logs[:, -1:, -1:])
-                .sum(0, dtype=torch.float64)
-                .cpu()
-                .numpy()
-            )
+            terms = given_all - given_rest + logs[:, -1:, :-1] - logs[:, -1:, -1:]
+            total += terms.sum(0, dtype=torch.float64).cpu().numpy()
+        torch.set_flush_denormal(False)
         return total
 
     def _whole(self, rows: slice) -> Tensor:
