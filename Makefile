@@ -15,14 +15,14 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/scoring.py
+	for name in training speed accuracy ranking real_layer; do $(BIN)/python benchmarks/$$name.py || exit; done
 
 experiments: .venv/ready
 	PYTHON=$(BIN)/python mlp/experiments.sh
 
 tables: .venv/ready
 	$(BIN)/python -m common.report
+	$(BIN)/python benchmarks/tables.py
 
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv --clear .venv

@@ -127,39 +127,20 @@ def figure(folder: Path, target: Path, title: str, paper: dict | None = None) ->
         axes[1].plot(x, point["accuracy"], "*", ms=13, color="tab:red", label=label, zorder=5)
     axes[1].legend()
     figure.suptitle(title)
+    save_figure(figure, target)
+
+
+def fill(page: Path, name: str, content: str) -> None:
+    """Replace what stands between the markers <!-- name --> and <!-- end name --> of a page."""
+    marked = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
+    artifacts.write_bytes(page, marked.sub(lambda m: m[1] + content + m[2], page.read_text()).encode())
+
+
+def save_figure(figure: plt.Figure, target: Path) -> None:
+    """Write a figure so that the same records give the same bytes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110, metadata={"Software": None})
     plt.close(figure)
-
-
-def costs() -> str:
-    """The benchmarks' records as a Markdown table."""
-    scoring, training = (
-        artifacts.read_json(artifacts.RESULTS / "benchmarks" / f"{n}.json") for n in ("scoring", "training")
-    )
-    wall, speed = scoring["wall_seconds_by_cores"], training["epochs_per_minute"]
-    parents, children = scoring["groups"]
-    rows = [
-        ("", "", "of the floor"),
-        ("---", "---", "---"),
-        (
-            f"score {parents} x {children} groups, {scoring['samples']:,} images",
-            f"{wall['1']:.0f} s on one core, {wall['2']:.0f} s on two; {scoring['peak_memory_mib']} MiB in all",
-            f"{100 * scoring['share_of_floor_one_core']:.0f} % (its exponentials and multiply-adds alone)",
-        ),
-        (
-            "train the MLP on MNIST",
-            f"{speed['project']:.0f} epochs per minute; torchvision's DataLoader, 2 workers: {speed['dataloader']:.0f}",
-            f"{100 * training['share_of_matmul_floor']:.0f} % (its matrix products alone)",
-        ),
-    ]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
-
-
-def fill(text: str, name: str, content: str) -> str:
-    """Replace what stands between the markers <!-- name --> and <!-- end name -->."""
-    marked = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
-    return marked.sub(lambda m: m[1] + content + m[2], text)
 
 
 def everything() -> None:
@@ -170,10 +151,7 @@ def everything() -> None:
         folder = artifacts.RESULTS / name
         figure(folder, artifacts.RESULTS / "figures" / f"{name}.png", paper[name]["title"], paper[name])
         for page in pages:
-            filled = fill(page.read_text(), f"table {name}", table(folder, paper[name]))
-            artifacts.write_bytes(page, filled.encode())
-    readme = pages[0]
-    artifacts.write_bytes(readme, fill(readme.read_text(), "costs", costs()).encode())
+            fill(page, f"table {name}", table(folder, paper[name]))
 
 
 def main() -> int:

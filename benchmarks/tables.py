@@ -1,0 +1,165 @@
+"""The benchmarks' records as tables in README.md and common/cmi/README.md and as a figure; part of `make tables`."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from common import artifacts
+from common.report import fill, save_figure
+from output import FOLDER
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows as a Markdown table, named by the keys of the first."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def pivot(rows: list[dict], index: dict[str, str], cell: Callable[[dict], str]) -> str:
+    """One line per combination of the index, one column per estimator; `index` maps keys to headings."""
+    lines = {}
+    for row in rows:
+        key = tuple(str(row[k]) for k in index)
+        lines.setdefault(key, dict(zip(index.values(), key, strict=True)))[row["estimator"]] = cell(row)
+    return markdown(list(lines.values()))
+
+
+def mean_std(row: dict) -> str:
+    return f"{row['mean']:.2f} ± {row['std']:.2f}"
+
+
+def costs(scoring: dict, training: dict, speed: dict) -> str:
+    """What the README says of cost."""
+    wall, epochs, last = scoring["wall_seconds_by_cores"], training["epochs_per_minute"], speed["published"][-1]
+    n, (parents, children) = scoring["samples"], scoring["groups"]
+    small = " x ".join(map(str, speed["by_samples"][0]["groups"]))
+    pairwise = last["seconds_per_pair"] * (n / last["samples"]) ** 2 * parents * children
+    days, times = f"{pairwise / 86400:.0f} CPU-days", f"{pairwise / wall['1']:,.0f} times as much"
+    memory = f"{scoring['peak_memory_mib']} MiB in all"
+    rows = [
+        (
+            f"score {parents} x {children} groups, {n:,} images",
+            f"{wall['1']:.0f} s on one core, {wall['2']:.0f} s on two; {memory}",
+            f"{100 * scoring['share_of_floor_one_core']:.0f} % on one core",
+            f"pair by pair, as published: {days}, {times} (extrapolated)",
+        ),
+        (
+            f"score {small} groups, {last['samples']:,} images",
+            f"{last['kde_layer_seconds']:.2f} s on one core",
+            "",
+            f"pair by pair, as published: {last['layer_seconds']:,.0f} s, {last['ratio']:,} times as much "
+            f"(from {last['extrapolated_from_calls']} measured pairs)",
+        ),
+        (
+            "train the MLP on MNIST",
+            f"{epochs['project']:.0f} epochs per minute on two cores",
+            f"{100 * training['share_of_matmul_floor']:.0f} % (matrix products alone)",
+            f"torchvision's DataLoader with 2 workers: {epochs['dataloader']:.0f} epochs per minute",
+        ),
+    ]
+    return markdown([dict(zip(("", "here", "of the hardware's floor", "otherwise"), r, strict=True)) for r in rows])
+
+
+def peers(speed: dict) -> str:
+    """One pair of groups at a time, extrapolated to all pairs of the layer."""
+    named = [{"routine": "published, reimplemented literally", **row} for row in speed["published"]]
+    named += [{"routine": f"{r['package']} {r['version']}, {r['method']}", **r} for r in speed["peers"] if "value" in r]
+    return markdown(
+        [
+            {
+                "routine": row["routine"],
+                "samples": f"{row['samples']:,}",
+                "seconds per pair": f"{row['seconds_per_pair']:.2f}",
+                "seconds per layer, extrapolated": f"{row['layer_seconds']:,.0f}",
+                "kde, seconds per layer": f"{row['kde_layer_seconds']:.2f}",
+                "ratio": f"{row['ratio']:,}",
+            }
+            for row in named
+        ]
+    )
+
+
+def sweep(rows: list[dict]) -> str:
+    return markdown(
+        [
+            {
+                "samples": f"{row['samples']:,}",
+                "groups": " x ".join(map(str, row["groups"])),
+                "cores": row["cores"],
+                "seconds": f"{row['seconds']:.2f}",
+                "share of the floor (%)": f"{100 * row['share_of_floor']:.0f}",
+                "memory above inputs (MiB)": row["peak_memory_above_inputs_mib"],
+            }
+            for row in rows
+        ]
+    )
+
+
+def speed_figure(speed: dict) -> None:
+    """Seconds against samples and against parent groups, both logarithmic, with the floor and the counted slope."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    published = speed["published"]
+    samples, groups = speed["by_samples"], speed["by_parent_groups"]
+    panels = (
+        (axes[0], samples, [row["samples"] for row in samples], "samples (10 x 10 groups)"),
+        (
+            axes[1],
+            groups,
+            [row["groups"][0] for row in groups],
+            f"parent groups (100 child groups, n = {groups[0]['samples']:,})",
+        ),
+    )
+    for axis, rows, x, label in panels:
+        axis.loglog(x, [row["seconds"] for row in rows], "o-", label="kde, one core")
+        axis.loglog(x, [row["floor_seconds_one_core"] for row in rows], "k--", lw=1, label="floor")
+        axis.set(xlabel=label, ylabel="seconds per layer")
+    first = published[0]
+    axes[0].loglog([r["samples"] for r in published], [r["layer_seconds"] for r in published], "s-", label="published")
+    guide = [
+        first["layer_seconds"] * (n / first["samples"]) ** 2 for n in (samples[0]["samples"], samples[-1]["samples"])
+    ]
+    axes[0].loglog([samples[0]["samples"], samples[-1]["samples"]], guide, ":", color="gray", label="slope 2")
+    for axis in axes:
+        axis.legend()
+    save_figure(figure, artifacts.RESULTS / "figures" / "speed.png")
+
+
+def main() -> None:
+    names = ("accuracy", "ranking", "speed", "scoring", "training", "real_layer")
+    accuracy, ranking, speed, scoring, training, real = (artifacts.read_json(FOLDER / f"{name}.json") for name in names)
+    for row in accuracy["calibration"]:
+        row["dims"] = ", ".join(map(str, row["dims"]))
+    page = ROOT / "common" / "cmi" / "README.md"
+    fill(ROOT / "README.md", "costs", costs(scoring, training, speed))
+    fill(
+        page,
+        "accuracy",
+        pivot(accuracy["calibration"], {"dims": "dims of x, y, z", "n": "n", "truth": "truth"}, mean_std),
+    )
+    fill(page, "nulls", pivot(accuracy["truth_is_0"], {"data": "data", "n": "n"}, mean_std))
+    fill(
+        page,
+        "ranking",
+        pivot(ranking["ranking"], {"layer": "layer", "n": "n"}, lambda r: f"{r['auc']:.3f} ± {r['auc_std']:.3f}"),
+    )
+    fill(
+        page,
+        "null pairs",
+        pivot(
+            [row for row in ranking["ranking"] if row["estimator"] in ("kde", "knn", "gaussian")],
+            {"layer": "layer", "n": "n"},
+            lambda r: f"{r['null_score']:.4f} ± {r['null_standard_error']:.4f} / {r['true_score']:.4f}",
+        ),
+    )
+    fill(page, "widths", markdown(real["widths"]))
+    fill(page, "speed", sweep(speed["by_samples"] + speed["by_parent_groups"] + speed["by_cores"]))
+    fill(page, "peers", peers(speed))
+    speed_figure(speed)
+
+
+if __name__ == "__main__":
+    main()
