@@ -1,6 +1,6 @@
 """Kernel widths and precision on a real layer: fc1 -> fc2 of a trained MNIST-MLP, 250 x 100 groups.
 
-    python benchmarks/real_layer.py [--weights_dir mnist_mlp/baseline/0] [--samples_per_class N] [--widths X ...]
+    python benchmarks/real_layer.py [--weights_dir mlp/baseline/0] [--samples_per_class N] [--widths X ...]
 
 For every width: the rank correlation of the scores from two disjoint halves of the images (reliability), and of the
 scores from all images with the Gaussian closed form (another estimator of the same quantity, and itself reliable). Then
@@ -30,7 +30,7 @@ def rank_correlation(a, b) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights_dir", default="mnist_mlp/baseline/0")
+    parser.add_argument("--weights_dir", default="mlp/baseline/0")
     parser.add_argument("--Data_dir", type=Path, default=ROOT / "data")
     parser.add_argument("--samples_per_class", type=int, default=650)
     parser.add_argument("--widths", type=float, nargs="+", default=[0.15, 0.18, 0.2, 0.22, 0.25, 0.3, 0.4])

@@ -163,7 +163,9 @@ def load_array(path: Path, record: Path, remedy: str) -> np.ndarray:
 
 
 def is_complete(path: Path, record: dict) -> bool:
-    """Whether the run that writes this file is done already.
+    """Whether the run that writes this file is done already and the file is here.
+
+    A record without its file, as in a fresh clone, does not count: the run is made again.
 
     Parameters
     ----------
@@ -173,7 +175,7 @@ def is_complete(path: Path, record: dict) -> bool:
     Raises
     ------
     InputError
-        If the file is there from another run: it must not be overwritten.
+        If the file or its record is there from another run: it must not be overwritten.
     """
     if not record_of(path).is_file():
         if path.exists():
@@ -188,7 +190,10 @@ def is_complete(path: Path, record: dict) -> bool:
                 raise InputError(
                     f"{path} is from a run with {what}; name another directory (stage 2: --name_postfix), or remove it"
                 )
-    return there.get("status") == "complete"
+    complete = there.get("status") == "complete" and path.is_file()
+    if complete:
+        print(f"{path} is complete already")
+    return complete
 
 
 def checksums(*paths: Path) -> dict[str, str]:

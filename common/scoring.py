@@ -1,6 +1,7 @@
 """Scores of one layer pair with progress, resuming and a measure of their reliability."""
 
 import hashlib
+import resource
 import time
 from pathlib import Path
 
@@ -64,7 +65,9 @@ def score(
         contents[artifacts.beside(files[0], "Null")] = summary
         measured["null_mean"] = float(summary[:, 0].mean())
         measured["share_above_null_95_percent"] = float((scores > summary[:, 2:]).mean())
-    record = {**record, "status": "complete", "scores": measured, "wall_seconds": round(time.perf_counter() - start, 1)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    cost = {"wall_seconds": round(time.perf_counter() - start, 1), "peak_memory_mib": round(peak)}
+    record = {**record, "status": "complete", "scores": measured, **cost}
     artifacts.save({path: artifacts.array_bytes(content) for path, content in contents.items()}, record)
     for leftover in partial.parent.glob(f"{partial.stem}*.npz"):
         leftover.unlink()

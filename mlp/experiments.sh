@@ -8,7 +8,7 @@ python=${PYTHON:-python}
 seeds=${SEEDS:-0 1 2}
 shares=${SHARES:-0.962 0.984 0.996}
 
-$python train_stage1.py --Expt_rerun 3 --Select last
+$python train_stage1.py --Save_dir mnist_mlp/baseline --Expt_rerun 3 --Select last
 for seed in $seeds; do
     $python pruning_1b.py --weights_dir "mnist_mlp/baseline/$seed" --key_id 0 --split_half
 done

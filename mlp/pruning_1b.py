@@ -24,7 +24,7 @@ def main() -> None:
         model=NAME,
         dataset=RECIPE["Dataset"],
         dims=RECIPE["Dims"],
-        weights_dir="mnist_mlp/baseline/0",
+        weights_dir="mlp/baseline/0",
         samples_per_class=650,
         **GROUPS,
     )

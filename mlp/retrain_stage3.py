@@ -3,7 +3,7 @@
     python retrain_stage3.py --Prune_per 0.962
 
 Reads a checkpoint of stage 1 and, unless --Criterion says otherwise, scores of stage 2. Writes to
-results/mnist_mlp/pruned/<rerun>/: logits_<pruned>.pkl, where <pruned> is the percentage of the masked layers' weights
+results/mlp/pruned/<rerun>/: logits_<pruned>.pkl, where <pruned> is the percentage of the masked layers' weights
 that are exactly zero, its record, and one line per epoch.
 Expect 98.5 % on the test set with 96.2 % of fc2 pruned; about a minute on two CPU cores.
 """
@@ -23,14 +23,14 @@ def main() -> None:
         **RECIPE,
         **GROUPS,
         Model=NAME,
-        Retrain="mnist_mlp/baseline/0/logits_best.pkl",
+        Retrain="mlp/baseline/0/logits_best.pkl",
         parent_key=["fc1.weight"],
         children_key=["fc2.weight"],
         upper_prune_limit=[0.99],
         lower_prune_per=0.902,
         upper_prune_per=0.982,
         prune_per_step=0.01,
-        Save_dir="mnist_mlp/pruned",
+        Save_dir="mlp/pruned",
     )
     share, caps = (
         cli.pruned_share(args),

@@ -2,7 +2,7 @@
 
     python train_stage1.py
 
-Reads MNIST from data/ (downloaded if absent). Writes to results/mnist_mlp/baseline/<rerun>/: logits_best.pkl (the best
+Reads MNIST from data/ (downloaded if absent). Writes to results/mlp/baseline/<rerun>/: logits_best.pkl (the best
 epoch by validation accuracy), logits_final.pkl (the last epoch), their records, and one line per epoch.
 Expect 98.5 % on the test set; about a minute on two CPU cores.
 """
@@ -21,7 +21,7 @@ def main() -> None:
         stage=1,
         **RECIPE,
         Model=NAME,
-        Save_dir="mnist_mlp/baseline",
+        Save_dir="mlp/baseline",
     )
     device = cli.device(args.Device_ids)
     data = cli.load_data(args, device)

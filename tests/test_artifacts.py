@@ -116,6 +116,15 @@ def test_a_finished_run_is_known_and_another_is_not_overwritten(checkpoint):
     assert not artifacts.is_complete(checkpoint, identity)
 
 
+def test_a_record_without_its_file_is_no_finished_run(checkpoint):
+    """As in a fresh clone, where records are committed and checkpoints are not."""
+    artifacts.write_json(artifacts.record_of(checkpoint), {"arguments": {"Lr": 0.1}, "status": "complete"})
+    checkpoint.unlink()
+    assert not artifacts.is_complete(checkpoint, {"arguments": {"Lr": 0.1}})
+    with pytest.raises(InputError, match="--Lr"):
+        artifacts.is_complete(checkpoint, {"arguments": {"Lr": 0.2}})
+
+
 def test_records_show_no_path_outside_the_repository(tmp_path):
     assert artifacts.public(tmp_path / "secret" / "x.pkl") == "x.pkl"
     assert artifacts.public(artifacts.RESULTS / "a" / "x.pkl") == "results/a/x.pkl"

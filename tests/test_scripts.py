@@ -168,7 +168,7 @@ def test_what_chooses_the_epoch_is_recorded(tmp_path, call, select, images):
 def test_finished_runs_are_not_repeated_and_not_overwritten(base, tmp_path, call):
     path = base / "0" / "logits_best.pkl"
     before = path.stat().st_mtime_ns
-    call(STAGE1, *TRAIN, "--Save_dir", base)
+    assert "is complete already" in call(STAGE1, *TRAIN, "--Save_dir", base)
     call(STAGE2, *SCORE, "--weights_dir", base / "0", "--key_id", "0", "--split_half")
     assert path.stat().st_mtime_ns == before
     assert "--Lr 0.1 (now 0.2)" in call(STAGE1, *TRAIN, "--Save_dir", base, "--Lr", "0.2", code=2)
