@@ -116,14 +116,8 @@ FLAGS = {
     "children_clusters": _flag("23", COUNT, "number of groups of each child layer; the last keeps its classes", **MANY),
     "key_id": _flag("23", INDEX, "which layer pair (stage 2) or pruned share of the grid (stage 3), from 0"),
 }
-UNRECORDED = {
-    "cores",
-    "Expt_rerun",
-    "Device_ids",
-    "device_ids",
-    "Data_dir",
-    "data_dir",
-}  # make no difference to the result
+# What makes no difference to the result and is not recorded.
+UNRECORDED = {"cores", "Expt_rerun", "Device_ids", "device_ids", "Data_dir", "data_dir"}
 
 
 class _Parser(argparse.ArgumentParser):
