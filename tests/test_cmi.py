@@ -292,6 +292,19 @@ def test_bad_input_is_named(rng, message):
         layer_cmi(**{**dict(zip(names, layer(rng), strict=True)), **BAD[message]})
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_fewer_rows_than_units(rng, estimator):
+    scores = layer_cmi(
+        rng.normal(size=(20, 40)),
+        rng.normal(size=(20, 60)),
+        np.arange(40) // 10,
+        np.arange(60) // 10,
+        estimator=estimator,
+    )
+    assert scores.shape == (4, 6)
+    assert np.isfinite(scores).all()
+
+
 @st.composite
 def small_layers(draw):
     """Layers with few rows, groups of any size, labels from anywhere, units of any scale, some of them constant."""
