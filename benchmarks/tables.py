@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -125,6 +126,8 @@ def speed_figure(speed: dict) -> None:
     axes[0].loglog([samples[0]["samples"], samples[-1]["samples"]], guide, ":", color="gray", label="slope 2")
     for axis in axes:
         axis.legend()
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_minor_formatter(NullFormatter())
     save_figure(figure, artifacts.RESULTS / "figures" / "speed.png")
 
 

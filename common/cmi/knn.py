@@ -7,7 +7,7 @@ some of the three blocks only,
     I(C_j; P_i | rest) = psi(k) + mean_a [ psi(n_rest + 1) - psi(n_(C_j, rest) + 1) - psi(n_(P_i, rest) + 1) ].
 
 Widths adapt to the data, which makes it the more accurate estimate in a few dimensions; it cannot share sums over rows
-between pairs as the kernel estimate does, and costs some twenty times as much.
+between pairs as the kernel estimate does, and costs many times as much.
 
 Sources: Kraskov, Stoegbauer and Grassberger, Physical Review E 69 (2004); Frenzel and Pompe, Physical Review Letters 99
 (2007).
