@@ -65,7 +65,7 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path):
     torch.save({"state_dict": Bomb(canary)}, path)
     with pytest.raises(InputError, match="is not a checkpoint of tensors and plain values"):
         artifacts.load_checkpoint(path)
-    path.write_bytes(pickle.dumps(Bomb(canary)))
+    path.write_bytes(pickle.dumps(Bomb(canary), protocol=2))
     with pytest.raises(InputError, match="is not a checkpoint of tensors and plain values"):
         artifacts.load_checkpoint(path)
     assert not canary.exists()
