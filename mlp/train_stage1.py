@@ -4,7 +4,7 @@
 
 Reads MNIST from data/ (downloaded if absent). Writes to results/mlp/baseline/<rerun>/: logits_best.pkl (the best
 epoch by validation accuracy), logits_final.pkl (the last epoch), their records, and one line per epoch.
-Expect 98.5 % on the test set; about a minute on two CPU cores.
+Expect about 98.5 % on the test set; about a minute on two CPU cores.
 """
 
 import sys
