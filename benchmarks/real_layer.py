@@ -22,6 +22,7 @@ from common import activations, artifacts, cli, masks
 from common.cmi import kde, layer_cmi
 from common.data import load, sample_per_class
 from model import GROUPS, MLP, PAIRS
+from output import FOLDER, save
 
 
 def rank_correlation(a, b) -> float:
@@ -72,10 +73,8 @@ def main() -> None:
         "single_with_double": float(spearmanr(single.ravel(), double.ravel()).statistic),
         "largest_difference_of_single": float(abs(single - double).max()),
         "standard_deviation_of_scores": float(double.std()),
-        **artifacts.circumstances(torch.device("cpu")),
     }
-    artifacts.write_json(artifacts.RESULTS / "benchmarks" / "real_layer.json", record)
-    print(*(f"{key}: {value}" for key, value in record.items()), sep="\n")
+    save(FOLDER, "real_layer", record)
 
 
 if __name__ == "__main__":

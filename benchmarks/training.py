@@ -16,11 +16,12 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "mlp"), str(ROOT / "benchmarks")]
-from common import artifacts, cli
+from common import cli
 from common.data import load, torchvision
 from common.training import OPTIMIZERS, Recipe, train_epoch
 from machine import matmul_rate
 from model import MLP, RECIPE
+from output import FOLDER, save
 
 
 def loader_epoch(network, optimizer, loader) -> None:
@@ -65,10 +66,8 @@ def main() -> None:
         "matmul_floor_seconds": round(floor, 3),
         "share_of_matmul_floor": round(floor / medians["project"], 3),
         "threads": torch.get_num_threads(),
-        **artifacts.circumstances(torch.device("cpu")),
     }
-    artifacts.write_json(artifacts.RESULTS / "benchmarks" / "training.json", record)
-    print(*(f"{key}: {value}" for key, value in record.items()), sep="\n")
+    save(FOLDER, "training", record)
 
 
 if __name__ == "__main__":

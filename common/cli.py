@@ -214,7 +214,7 @@ def check_save_dir(args: argparse.Namespace) -> None:
         )
 
 
-def estimator(args: argparse.Namespace) -> dict:
+def scoring_options(args: argparse.Namespace) -> dict:
     """The options of `scoring.score` that the flags ask for."""
     options = {"estimator": args.estimator, "n_jobs": args.cores, "seed": args.seed}
     options |= {"split_half": args.split_half, "bootstrap": args.bootstrap or 0, "null": args.null or 0}

@@ -29,7 +29,7 @@ def main() -> None:
         **GROUPS,
     )
     parent, child = PAIRS[cli.in_range("key_id", args.key_id, PAIRS)]
-    options = cli.estimator(args)
+    options = cli.scoring_options(args)
     device = cli.device(args.device_ids)
     network, weights = MLP(args.dims), args.weights_dir / "logits_best.pkl"
     checkpoint = artifacts.load_weights(network, weights)

@@ -32,10 +32,8 @@ def main() -> None:
         prune_per_step=0.01,
         Save_dir="mlp/pruned",
     )
-    share, caps = (
-        cli.pruned_share(args),
-        cli.one_per_pair("upper_prune_limit", args.upper_prune_limit, len(args.children_key)),
-    )
+    share = cli.pruned_share(args)
+    caps = cli.one_per_pair("upper_prune_limit", args.upper_prune_limit, len(args.children_key))
     cli.check_save_dir(args)
     device = cli.device(args.Device_ids)
     network = MLP(args.Dims)
