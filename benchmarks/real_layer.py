@@ -41,7 +41,7 @@ def main() -> None:
     train = load("MNIST", args.Data_dir, val_size=checkpoint["val_size"], device=torch.device("cpu")).train
     rows = sample_per_class(train.labels, args.samples_per_class, seed=0)
     parents, children = (t.numpy() for t in activations.paired(network, [child], train[rows])[child])
-    blocks = masks.contiguous_blocks(network, child, *(GROUPS[k][0] for k in ("parent_clusters", "children_clusters")))
+    blocks = masks.contiguous_blocks(network, child, *GROUPS[child])
     groups = blocks.child_groups, blocks.parent_groups
     half = len(rows) // 2
 

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "mlp"), str(ROOT / "benchmarks")]
 from common import cli
-from common.data import load, torchvision
+from common.data import load
+from common.datasets import torchvision
 from common.training import OPTIMIZERS, Recipe, train_epoch
 from machine import matmul_rate
-from model import MLP, RECIPE
+from model import MLP, TRAINING
 from output import FOLDER, save
 
 
@@ -37,8 +38,8 @@ def main() -> None:
     parser.add_argument("--Data_dir", type=Path, default=ROOT / "data")
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
-    batch = RECIPE["Batch_size"]
-    recipe = Recipe(1, batch, RECIPE["Lr"], (), 1.0, RECIPE["Weight_decay"])
+    batch = TRAINING["Batch_size"]
+    recipe = Recipe(1, batch, TRAINING["Lr"], (), 1.0, TRAINING["Weight_decay"])
     train = load("MNIST", args.Data_dir, val_size=0, device=torch.device("cpu")).train
     tv = torchvision()
     dataset = tv.datasets.MNIST(args.Data_dir, train=True, transform=tv.transforms.ToTensor())
@@ -47,7 +48,7 @@ def main() -> None:
     ours = OPTIMIZERS["sgd"](networks[0].parameters(), recipe)
     theirs = torch.optim.SGD(networks[1].parameters(), 0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
     work = {
-        "project": lambda: train_epoch(networks[0], ours, train, batch, seed=0),
+        "project": lambda: train_epoch(networks[0], ours, train, recipe, seed=0),
         "dataloader": lambda: loader_epoch(networks[1], theirs, loader),
     }
     times = {name: [] for name in work}

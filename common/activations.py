@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from common.data import Split, batches
+from common.data import FileSplit, Split
 
 
 def pool(features: Tensor) -> Tensor:
@@ -13,7 +13,7 @@ def pool(features: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def paired(
-    network: nn.Module, keys: list[str], split: Split, batch_size: int = 1000
+    network: nn.Module, keys: list[str], split: Split | FileSplit, batch_size: int | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Inputs and outputs of layers in one pass over the split, in evaluation mode, pooled per batch on the device.
 
@@ -41,7 +41,7 @@ def paired(
 
     handles = [network.get_submodule(key.removesuffix(".weight")).register_forward_hook(keep(key)) for key in keys]
     try:
-        for images, _ in batches(split, batch_size):
+        for images, _ in split.batches(batch_size):
             network(images)
     finally:
         for handle in handles:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import parallel
 from common.errors import InputError, reason
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +59,9 @@ def beside(scores: Path, kind: str) -> Path:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is there whole or not at all; of several processes only the first writes."""
+    if parallel.rank():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -123,14 +126,23 @@ def read_checked(path: Path, record: Path, remedy: str) -> bytes:
     return content
 
 
-def load_checkpoint(path: Path, remedy: str = "run train_stage1.py first, or name another file") -> dict:
-    """Read a checkpoint: a dictionary with `state_dict`; files that hold anything but tensors and plain values fail."""
+def load_checkpoint(path: Path, *, plain: bool = False) -> dict:
+    """Read a checkpoint: a dictionary with `state_dict`; files that hold anything but tensors and plain values fail.
+
+    Parameters
+    ----------
+    path : the file
+    plain : also take a file that holds the `state_dict` alone
+    """
+    remedy = "run train_stage1.py first, or name another file"
     content = read_checked(path, record_of(path), remedy)
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken or hostile file leads it to
         why = reason(error).split(". ")[0]
         raise InputError(f"{path} is not a checkpoint of tensors and plain values ({why}); {remedy}") from error
+    if plain and isinstance(checkpoint, dict) and "state_dict" not in checkpoint:
+        checkpoint = {"state_dict": dict(checkpoint)}
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} has no 'state_dict' of tensors; {remedy}")
@@ -140,14 +152,36 @@ def load_checkpoint(path: Path, remedy: str = "run train_stage1.py first, or nam
 def load_weights(network: torch.nn.Module, path: Path) -> dict:
     """Load a checkpoint's weights into the network, all of them or none; returns the checkpoint."""
     checkpoint = load_checkpoint(path)
+    load_state_dict(network, checkpoint["state_dict"], path)
+    return checkpoint
+
+
+def load_state_dict(network: torch.nn.Module, state: dict[str, torch.Tensor], source) -> None:
+    """Load weights that have exactly the network's names and shapes."""
     expected = {k: tuple(v.shape) for k, v in network.state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items()}
+    found = {k: tuple(v.shape) for k, v in state.items()}
     if expected != found:
         key = next(k for k in (*expected, *found) if expected.get(k) != found.get(k))
         there, here = found.get(key, "absent"), expected.get(key, "absent")
-        raise InputError(f"{path} is of another network: there {key} is {there}, here {here}")
-    network.load_state_dict(checkpoint["state_dict"])
-    return checkpoint
+        raise InputError(f"{source} is of another network: there {key} is {there}, here {here}")
+    network.load_state_dict(state)
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Write what an interrupted run needs to go on, behind its own checksum."""
+    content = checkpoint_bytes(state)
+    write_bytes(path, hashlib.sha256(content).digest() + content)
+
+
+def load_state(path: Path, key: str) -> dict | None:
+    """What `save_state` wrote, if the file is there and of the run that `key` names."""
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        raise InputError(f"{path} is damaged; remove it, or start over with --no-Resume")
+    state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+    return state if state["key"] == key else None
 
 
 def load_array(path: Path, record: Path, remedy: str) -> np.ndarray:
@@ -183,7 +217,9 @@ def is_complete(path: Path, record: dict) -> bool:
         return False
     there = read_json(record_of(path))
     for part in ("arguments", "inputs"):
-        before, now = there.get(part, {}), record.get(part, {})
+        before, now = (
+            {k: v for k, v in r.get(part, {}).items() if v is not None and v is not False} for r in (there, record)
+        )
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
                 what = f"--{key} {before.get(key)} (now {now.get(key)})" if part == "arguments" else f"another {key}"
@@ -251,7 +287,7 @@ def _cpu() -> str:
 
 def _to_cpu(value):
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().contiguous()
+        return value.detach().cpu().clone()  # alone in its storage, in the layout that a resumed optimizer needs
     if isinstance(value, dict):
         return {key: _to_cpu(item) for key, item in value.items()}
     return value

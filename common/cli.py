@@ -1,6 +1,7 @@
 """The flags of all scripts, each declared once. A script names those it takes and their defaults."""
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -9,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import artifacts, scoring
+from common import artifacts, parallel, scoring
 from common.artifacts import ROOT, public, under_results
 from common.cmi import ESTIMATORS, kde
-from common.data import DATASETS, Data, load
+from common.data import Data, load
+from common.datasets import DATASETS
 from common.errors import Diverged, InputError
 from common.masks import Blocks, contiguous_blocks
+from common.runs import trained_on
 from common.training import OPTIMIZERS, Recipe
 
 
@@ -51,9 +54,22 @@ def plain_name(text: str) -> str:
     return text
 
 
+def key_id_or_all(text: str) -> int | str:
+    """An argparse type: an index from 0, or "all"."""
+    return text if text == "all" else INDEX(text)
+
+
+def weights_source(text: str) -> Path | str:
+    """An argparse type: a path as `results_path`, or "torchvision"."""
+    return text if text == "torchvision" else results_path(text)
+
+
 COUNT, SHARE, INDEX = number(int, 1), number(float, 0, 1), number(int, 0)
 POSITIVE = number(float, 0, above=True)
-MANY, GPU = {"nargs": "+"}, "number of the CUDA GPU to use, if there is any"
+MANY, GPU = {"nargs": "+"}, "number of the CUDA GPU to use, if there is any; under torchrun each process has its own"
+BY_LAYER = "one for all pairs, or one per pair (default: model.py's, by layer)"
+CLASSES = "names of the classes to use the images of; labels and outputs stay those of the whole data set (all)"
+SWITCH = argparse.BooleanOptionalAction
 DATA_DIR = {"type": Path, "default": ROOT / "data", "help": "where data sets lie, and are downloaded to if absent"}
 
 
@@ -75,10 +91,20 @@ FLAGS = {
     "Weight_decay": _flag("13", number(float, 0), "weight decay"),
     "Model": _flag("13", None, "the network of this folder"),
     "Gamma": _flag("13", POSITIVE, "factor of the learning rate at the milestones"),
-    "Nesterov": _flag("13", None, "Nesterov momentum", action=argparse.BooleanOptionalAction),
+    "Nesterov": _flag("13", None, "Nesterov momentum", action=SWITCH),
     "Device_ids": _flag("13", INDEX, GPU, 0),
     "Data_dir": {"stages": "13", **DATA_DIR},
     "Seed": _flag("13", INDEX, "seed of the first run", 0),
+    "Classes": _flag("13", None, CLASSES, **MANY),
+    "Workers": _flag("13", INDEX, "processes that read images which do not fit into memory", min(8, os.cpu_count())),
+    "Amp": _flag("13", None, "train in bfloat16 where safe (on GPUs that have it)", action=SWITCH),
+    "Compile": _flag(
+        "13", None, "train through torch.compile: slow to start, then faster on GPUs", action="store_true"
+    ),
+    "Resume": _flag("13", None, "go on where a killed run was (on)", True, action=SWITCH),
+    "Weights": _flag(
+        "1", weights_source, "do not train: evaluate and write the weights of this file, or 'torchvision'"
+    ),
     "Val_size": _flag("13", INDEX, "training images held out to choose the best epoch by"),
     "Select": _flag("13", ("val", "last", "test"), "epoch kept: best on held-out images, last, best on test", "val"),
     "Retrain": _flag("3", results_path, "the checkpoint to prune"),
@@ -87,13 +113,18 @@ FLAGS = {
     ),
     "Labels_file": _flag("3", results_path, "DIR/Labels_<postfix>.npy (default: beside the scores)"),
     "Labels_children_file": _flag("3", results_path, "DIR/Labels_children_<postfix>.npy (default: beside the scores)"),
-    "parent_key": _flag("3", None, "the parent layer of each pair", **MANY),
-    "children_key": _flag("3", None, "the child layer of each pair, whose weights are pruned", **MANY),
-    "upper_prune_limit": _flag("3", SHARE, "largest pruned share of a layer: one for all, or one per pair", **MANY),
+    "parent_key": _flag("3", None, "the parent layer of each pair (default: the children's)", **MANY),
+    "children_key": _flag(
+        "3", None, "the child layer of each pair, whose weights are pruned (default: the LIMITS of model.py)", **MANY
+    ),
+    "upper_prune_limit": _flag("3", SHARE, f"largest pruned share of a layer: {BY_LAYER}", **MANY),
     "upper_prune_per": _flag("3", SHARE, "end of the grid of pruned shares"),
     "lower_prune_per": _flag("3", SHARE, "start of the grid of pruned shares"),
     "prune_per_step": _flag("3", number(float, 0, 1, above=True), "step of the grid of pruned shares"),
     "Prune_per": _flag("3", SHARE, "the pruned share itself, instead of the grid and KEY_ID"),
+    "Prune_of_network": _flag(
+        "3", None, "pruned shares are of all weights, not of the masked layers'", action="store_true"
+    ),
     "Criterion": _flag("3", ("cmi", "random", "magnitude"), "what ranks the blocks", "cmi"),
     "model": _flag("2", None, "the network of this folder"),
     "dataset": _flag("2", DATASETS, "data set"),
@@ -105,6 +136,7 @@ FLAGS = {
     "data_dir": {"stages": "2", **DATA_DIR},
     "seed": _flag("2", INDEX, "seed of the drawn images", 0),
     "device_ids": _flag("2", INDEX, GPU, 0),
+    "classes": _flag("2", None, CLASSES, **MANY),
     "estimator": _flag("2", tuple(ESTIMATORS), "estimator of the conditional mutual information", "kde"),
     "width": _flag("2", POSITIVE, f"kde: kernel width in square roots of the number of parent units ({kde.WIDTH})"),
     "precision": _flag("2", tuple(kde.PRECISIONS), "kde: arithmetic of the scores (single)"),
@@ -112,12 +144,14 @@ FLAGS = {
     "split_half": _flag("2", None, "also score two halves of the images; report their agreement", action="store_true"),
     "bootstrap": _flag("2", number(int, 2), "also standard errors of the scores, from so many halves of the images"),
     "null": _flag("2", COUNT, "also the scores' distribution without dependence, from so many permutations"),
-    "parent_clusters": _flag("23", COUNT, "number of groups of each parent layer", **MANY),
-    "children_clusters": _flag("23", COUNT, "number of groups of each child layer; the last keeps its classes", **MANY),
-    "key_id": _flag("23", INDEX, "which layer pair (stage 2) or pruned share of the grid (stage 3), from 0"),
+    "parent_clusters": _flag("23", COUNT, f"number of groups of parents: {BY_LAYER}", **MANY),
+    "children_clusters": _flag(
+        "23", COUNT, f"number of groups of children; the last layer keeps its classes: {BY_LAYER}", **MANY
+    ),
+    "key_id": _flag("23", INDEX, "which layer pair ('all': every one) or pruned share of the grid, from 0"),
 }
 # What makes no difference to the result and is not recorded.
-UNRECORDED = {"cores", "Expt_rerun", "Device_ids", "device_ids", "Data_dir", "data_dir"}
+UNRECORDED = {"cores", "Expt_rerun", "Device_ids", "device_ids", "Data_dir", "data_dir", "Workers", "Resume"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -144,7 +178,7 @@ def parse(doc: str, stage: int, argv: list[str] | None = None, **defaults) -> ar
         if name in ("Model", "model"):
             options["choices"] = (options["default"],)
         if name == "key_id" and stage == 2:
-            options["required"] = True
+            options |= {"required": True, "type": key_id_or_all}
         if options.get("type") is results_path and options["default"] is not None:
             options["default"] = under_results(options["default"])
         if options["default"] is not None and options.get("action") is None:
@@ -180,6 +214,8 @@ def recipe(args: argparse.Namespace) -> Recipe:
         weight_decay=args.Weight_decay,
         opt=args.Opt,
         nesterov=args.Nesterov,
+        amp=args.Amp,
+        compile=args.Compile,
     )
 
 
@@ -187,7 +223,14 @@ def load_data(args: argparse.Namespace, on: torch.device) -> Data:
     """The data set of stages 1 and 3, split as the flags ask for."""
     if args.Select == "val" and args.Val_size == 0:
         raise InputError("--Val_size 0 leaves nothing to choose the best epoch by; give a size, or --Select test")
-    return load(args.Dataset, args.Data_dir, val_size=args.Val_size if args.Select == "val" else 0, device=on)
+    return load(
+        args.Dataset,
+        args.Data_dir,
+        val_size=args.Val_size if args.Select == "val" else 0,
+        device=on,
+        classes=args.Classes,
+        workers=args.Workers,
+    )
 
 
 def check_data(args: argparse.Namespace, data: Data, checkpoint: dict | None = None) -> None:
@@ -196,13 +239,44 @@ def check_data(args: argparse.Namespace, data: Data, checkpoint: dict | None = N
     dims = args.dims if stage2 else args.Dims
     if dims != data.classes:
         raise InputError(f"--{'dims' if stage2 else 'Dims'} {dims}: {data.name} has {data.classes} classes")
-    for name, flag, now in (
-        ("dataset", "dataset" if stage2 else "Dataset", data.name),
-        ("val_size", "Val_size", len(data.val)),
-    ):
+    for name, now in trained_on(data).items():
         before = (checkpoint or {}).get(name, now)
         if before != now:
-            raise InputError(f"--{flag} {now}: the checkpoint was trained with {before}; use the same")
+            flag = name if stage2 else name.capitalize()
+            raise InputError(f"--{flag} {_shown(now)}: the checkpoint was trained with {_shown(before)}; use the same")
+
+
+def resolve_pairs(args: argparse.Namespace, pairs: list[tuple[str, str]], groups: dict, limits: dict) -> None:
+    """Put the layer pairs that stage 3 prunes, their numbers of groups and their limits into the arguments.
+
+    Parameters
+    ----------
+    pairs : (parent, child) of all layers
+    groups : default numbers of parent and child groups, by child
+    limits : default largest pruned share, by child; these layers are pruned unless others are named
+    """
+    parents = {child: parent for parent, child in pairs}
+    args.children_key = args.children_key or list(limits)
+    args.parent_key = args.parent_key or [parents.get(child, "?") for child in args.children_key]
+    if len(args.parent_key) != len(args.children_key):
+        raise InputError(
+            f"--parent_key has {len(args.parent_key)} values, --children_key {len(args.children_key)}: give pairs"
+        )
+    for pair in zip(args.parent_key, args.children_key, strict=True):
+        if pair not in pairs:
+            raise InputError(f"--parent_key {pair[0]} --children_key {pair[1]} is no layer pair; legal: {_list(pairs)}")
+    if len(set(args.children_key)) < len(args.children_key):
+        raise InputError("--children_key names a layer twice")
+    resolve_groups(args, args.children_key, groups)
+    default = [limits.get(child, 1.0) for child in args.children_key]
+    args.upper_prune_limit = one_per_pair("upper_prune_limit", args.upper_prune_limit or default, len(default))
+
+
+def resolve_groups(args: argparse.Namespace, children: list[str], groups: dict[str, tuple[int, int]]) -> None:
+    """Put numbers of groups, one per child layer, into the arguments."""
+    for k, flag in enumerate(("parent_clusters", "children_clusters")):
+        given = getattr(args, flag) or [groups[child][k] for child in children]
+        setattr(args, flag, one_per_pair(flag, given, len(children)))
 
 
 def check_save_dir(args: argparse.Namespace) -> None:
@@ -232,19 +306,10 @@ def blocks_and_scores(
     args: argparse.Namespace, network: torch.nn.Module, pairs: list[tuple[str, str]]
 ) -> tuple[dict[str, Blocks], dict[str, np.ndarray] | None, list[Path]]:
     """Blocks and scores by child layer, and the files they were read from; without scores, blocks by the flags."""
-    if len(args.parent_key) != len(args.children_key):
-        raise InputError(
-            f"--parent_key has {len(args.parent_key)} values, --children_key {len(args.children_key)}: give pairs"
-        )
-    asked = list(zip(args.parent_key, args.children_key, strict=True))
-    if len(set(args.children_key)) < len(asked):
-        raise InputError("--children_key names a layer twice")
-    sizes = [one_per_pair(f, getattr(args, f), len(asked)) for f in ("parent_clusters", "children_clusters")]
     families = score_families(args)
     blocks, scores, files = {}, {}, []
-    for (parent, child), *groups in zip(asked, *sizes, strict=True):
-        if (parent, child) not in pairs:
-            raise InputError(f"--parent_key {parent} --children_key {child} is no layer pair; legal: {_list(pairs)}")
+    asked = zip(args.parent_key, args.children_key, args.parent_clusters, args.children_clusters, strict=True)
+    for parent, child, *groups in asked:
         blocks[child] = contiguous_blocks(network, child, *groups, last=child == pairs[-1][1])
         if families:
             remedy = f"run pruning_1b.py --key_id {pairs.index((parent, child))} with the same groups first"
@@ -266,6 +331,19 @@ def score_families(args: argparse.Namespace) -> list[Path]:
         )
     beside = artifacts.score_families(mask.parent, mask.name.removeprefix("I_parent_").removesuffix(".npy"))
     return [mask, args.Labels_file or beside[1], args.Labels_children_file or beside[2]]
+
+
+def share_of_masked(
+    args: argparse.Namespace, share: float, network: torch.nn.Module, blocks: dict[str, Blocks]
+) -> float:
+    """The pruned share of the masked layers: the one asked for, which may be of all weights."""
+    if not args.Prune_of_network:
+        return share
+    weights = sum(p.numel() for p in network.parameters() if p.ndim > 1)
+    masked = sum(b.weights.sum() for b in blocks.values())
+    if share * weights > masked:
+        raise InputError(f"{100 * share:g} % of the network: the masked layers hold {100 * masked / weights:.2f} %")
+    return float(share * weights / masked)
 
 
 def pruned_share(args: argparse.Namespace) -> float:
@@ -290,13 +368,23 @@ def in_range(flag: str, index: int, choices: list) -> int:
 
 def device(index: int) -> torch.device:
     """The chosen CUDA GPU, or the CPU where there is none."""
-    count = torch.cuda.device_count()
+    count, index = torch.cuda.device_count(), parallel.local_gpu(index)
     if count == 0:
-        print(f"No CUDA GPU: running on the CPU ({torch.get_num_threads()} threads).")
+        if parallel.rank() == 0:
+            print(f"No CUDA GPU: running on the CPU ({torch.get_num_threads()} threads).")
         return torch.device("cpu")
     if index >= count:
         raise InputError(f"--Device_ids {index}: this machine has GPUs 0 to {count - 1}")
+    torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def training_device(args: argparse.Namespace) -> torch.device:
+    """As `device`; settles --Amp, whose default depends on it."""
+    chosen = device(args.Device_ids)
+    if args.Amp is None:
+        args.Amp = chosen.type == "cuda" and torch.cuda.is_bf16_supported()
+    return chosen
 
 
 def one_per_pair(flag: str, values: list, pairs: int) -> list:
@@ -310,13 +398,24 @@ def run(main: Callable[[], None]) -> None:
     """Run a script: one line and exit code 2 for unusable input, 1 for diverged training, 130 for Ctrl-C."""
     name = Path(sys.argv[0]).name
     try:
-        main()
+        with parallel.processes():
+            main()
     except InputError as error:
         sys.exit(_say(name, error, 2))
     except Diverged as error:
         sys.exit(_say(name, error, 1))
     except KeyboardInterrupt:
-        sys.exit(_say(name, "interrupted; the same command starts it again", 130))
+        sys.exit(_say(name, "interrupted; the same command goes on from here", 130))
+
+
+def script(work: Callable) -> Callable:
+    """A function that is a whole script: see `run`."""
+
+    @functools.wraps(work)
+    def wrapped(*args) -> None:
+        run(lambda: work(*args))
+
+    return wrapped
 
 
 def _list(choices: list) -> str:
@@ -325,5 +424,6 @@ def _list(choices: list) -> str:
 
 
 def _say(name: str, error, code: int) -> int:
-    print(f"{name}: error: {error}", file=sys.stderr)
+    if parallel.rank() == 0:
+        print(f"{name}: error: {error}", file=sys.stderr)
     return code

@@ -1,65 +1,203 @@
-"""Data sets as whole tensors on the device: loaded once, split once, batched without per-image Python work."""
+"""Data sets as splits that give batches on the device: small images lie there whole, large ones are read as needed."""
 
-import contextlib
 import hashlib
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from common.errors import InputError, reason
+from common import parallel
+from common.datasets import DATASETS, SPLIT_SEED, Source, read_image, torchvision
+from common.errors import InputError
 
-SPLIT_SEED = 0  # the validation images belong to the data set: the same in every stage, seed and rerun
+PADDING = 4  # pixels by which small photographs may be shifted
+CROP, RESIZED = 224, 256  # of large photographs
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation by channel, as is customary
+EVALUATED_PIXELS = 2**20  # in one batch of an evaluation
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (n, channels, height, width) uint8 and labels (n,) int64, on one device."""
+    """Images (n, channels, height, width) uint8 and labels (n,) int64, on one device.
+
+    Attributes
+    ----------
+    mean, std : (channels, 1, 1) of images in [0, 1], to normalise by; None: batches are in [0, 1]
+    augment : whether training batches are cropped and mirrored at random
+    """
 
     images: Tensor
     labels: Tensor
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    augment: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, rows: Tensor) -> "Split":
-        return Split(self.images[rows], self.labels[rows])
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
 
-    def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
+    def batches(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (float32 images, labels) of every row once, in order; of several processes each gets its part."""
+        size = batch_size or max(1, EVALUATED_PIXELS // self.images[0, 0].numel())
+        for rows in torch.arange(len(self), device=self.labels.device).split(size):
+            rows = parallel.share(rows)
+            yield self._floats(self.images[rows]), self.labels[rows]
+
+    def training_batches(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Yield (float32 images, labels, rows of the batch over all processes); `seed` fixes order and augmentation."""
+        random, device = torch.Generator().manual_seed(seed), self.labels.device
+        order = torch.randperm(len(self), generator=random).to(device)
+        if self.augment:
+            shifts = torch.randint(2 * PADDING + 1, (2, len(self)), generator=random).to(device)
+            mirrored = (torch.rand(len(self), generator=random) < 0.5).to(device)
+        for batch in _whole_enough(order.split(batch_size)):
+            rows = parallel.share(batch)
+            images = self.images[rows]
+            if self.augment:
+                images = shift_and_mirror(images, *shifts[:, rows], mirrored[rows])
+            yield self._floats(images), self.labels[rows], len(batch)
+
+    def _floats(self, images: Tensor) -> Tensor:
+        images = images.float().div_(255)
+        return images if self.mean is None else images.sub_(self.mean).div_(self.std)
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """Image files (n,) and labels (n,) int64 on the device; worker processes decode ahead of the training."""
+
+    paths: np.ndarray
+    labels: Tensor
+    workers: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Tensor) -> "FileSplit":
+        return replace(self, paths=self.paths[rows.cpu().numpy()], labels=self.labels[rows])
+
+    def batches(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `Split.batches`: the short side scaled to 256, the middle 224 x 224."""
+        transforms = torchvision().transforms.v2
+        steps = [transforms.Resize(RESIZED), transforms.CenterCrop(CROP), transforms.PILToTensor()]
+        size = batch_size or EVALUATED_PIXELS // CROP**2
+        yield from self._read(torch.arange(len(self)).split(size), transforms.Compose(steps))
+
+    def training_batches(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """As `Split.training_batches`: random parts of the images, scaled to 224 x 224, and mirrored."""
+        transforms = torchvision().transforms.v2
+        steps = [transforms.RandomResizedCrop(CROP), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        batches = list(_whole_enough(order.split(batch_size)))
+        read = self._read(batches, transforms.Compose(steps), seed)
+        for batch, (images, labels) in zip(batches, read, strict=True):
+            yield images, labels, len(batch)
+
+    def _read(self, batches, transform, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.labels.device
+        mean, std = (torch.tensor(v, device=device)[:, None, None] for v in IMAGENET)
+        parts = [parallel.share(batch) for batch in batches]
+        loader = torch.utils.data.DataLoader(
+            _Decoded(self.paths, transform, seed),
+            batch_sampler=[part.tolist() for part in parts],
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=device.type == "cuda",
+        )
+        for rows, images in zip(parts, loader, strict=True):
+            if isinstance(images, str):
+                raise InputError(images)
+            images = images.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
+            yield images, self.labels[rows.to(device)]
+
+
+class _Decoded(torch.utils.data.Dataset):
+    """Decoded and transformed images; what is random in one depends on the seed and its row, not on the worker."""
+
+    def __init__(self, paths: np.ndarray, transform, seed: int | None) -> None:
+        self.paths, self.transform, self.seed = paths, transform, seed
+
+    def __getitem__(self, row: int) -> Tensor | str:
+        try:
+            image = read_image(self.paths[row])
+        except InputError as error:
+            return str(error)
+        with torch.random.fork_rng(devices=[]):
+            if self.seed is not None:
+                torch.manual_seed(derived_seed(self.seed, row))
+            return self.transform(image)
+
+
+def _collate(images: list[Tensor | str]) -> Tensor | str:
+    errors = [image for image in images if isinstance(image, str)]
+    if errors:
+        return errors[0]
+    return torch.stack(images) if images else torch.empty(0, 3, CROP, CROP, dtype=torch.uint8)
+
+
+def _whole_enough(batches: tuple[Tensor, ...]) -> Iterator[Tensor]:
+    """The batches without a last one that has fewer than two rows per process: batch norm cannot train on it."""
+    return (batch for batch in batches if len(batch) >= 2 * parallel.size())
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set in three disjoint splits; `fingerprint` identifies the bytes of the images and labels."""
+    """A data set in three disjoint splits.
+
+    Attributes
+    ----------
+    classes : number of classes of the whole data set, so of a network's outputs
+    chosen : names of the classes whose images are used, if not all
+    fingerprint : SHA-256 of all images and labels; of images that are read as needed, of the files' names
+    """
 
     name: str
-    train: Split
-    val: Split
-    test: Split
+    train: Split | FileSplit
+    val: Split | FileSplit
+    test: Split | FileSplit
     classes: int
+    chosen: tuple[str, ...] | None
     fingerprint: str
 
     def describe(self) -> dict:
         """What a record says of it."""
-        return {"name": self.name, "sha256": self.fingerprint, "train": len(self.train), "val": len(self.val)}
+        known = {"name": self.name, "sha256": self.fingerprint, "train": len(self.train), "val": len(self.val)}
+        if getattr(self.train, "mean", None) is not None:
+            known |= {"mean": self.train.mean.flatten().tolist(), "std": self.train.std.flatten().tolist()}
+        return known | ({"classes": list(self.chosen)} if self.chosen else {})
 
 
-def batches(split: Split, batch_size: int, shuffle: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images in [0, 1] as float32, labels) until every row was seen once, in the generator's order if given."""
-    order = None if shuffle is None else torch.randperm(len(split), generator=shuffle).to(split.labels.device)
-    for start in range(0, len(split), batch_size):
-        rows = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
-        yield split.images[rows].float().div_(255), split.labels[rows]
+def derived_seed(seed: int, number: int) -> int:
+    """A seed for one of many things that are random, so that each can be repeated on its own."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def shift_and_mirror(images: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tensor:
+    """Crop every image (b, c, h, w) from itself padded with black, and mirror some.
+
+    Parameters
+    ----------
+    down, right : (b,) where the crop starts in the padded image, 0 to 2 * `PADDING`
+    mirrored : (b,) boolean, which are mirrored left to right
+    """
+    height, width = images.shape[2:]
+    rows, cols = (torch.arange(n, device=images.device) for n in (height, width))
+    cols = torch.where(mirrored[:, None], cols.flip(0), cols) + right[:, None]
+    rows = rows + down[:, None]
+    padded = F.pad(images, (PADDING,) * 4).permute(0, 2, 3, 1)
+    image = torch.arange(len(images), device=images.device)[:, None, None]
+    return padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
 def sample_per_class(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Indices of `count` rows of every class, drawn without replacement.
+    """Indices of `count` rows of every class that occurs, drawn without replacement.
 
     Parameters
     ----------
@@ -78,100 +216,96 @@ def sample_per_class(labels: Tensor, count: int, seed: int) -> Tensor:
     """
     rng = np.random.default_rng(seed)
     values = labels.cpu().numpy()
-    sizes = np.bincount(values)
+    classes, sizes = np.unique(values, return_counts=True)
     if count > sizes.min():
         raise InputError(
-            f"--samples_per_class {count}: class {sizes.argmin()} of the training split has {sizes.min()} images; "
-            f"legal: 1 to {sizes.min()}"
+            f"--samples_per_class {count}: class {classes[sizes.argmin()]} of the training split has {sizes.min()} "
+            f"images; legal: 1 to {sizes.min()}"
         )
-    rows = [rng.choice(np.flatnonzero(values == c), count, replace=False) for c in range(len(sizes))]
+    rows = [rng.choice(np.flatnonzero(values == c), count, replace=False) for c in classes]
     return torch.from_numpy(rng.permutation(np.concatenate(rows)))
 
 
-def load(name: str, folder: Path, *, val_size: int, device: torch.device) -> Data:
+def load(
+    name: str,
+    folder: Path,
+    *,
+    val_size: int,
+    device: torch.device,
+    classes: list[str] | None = None,
+    workers: int = 0,
+) -> Data:
     """Load a data set and hold `val_size` images of its training set out for validation.
 
     Parameters
     ----------
     name : a key of `DATASETS`
-    folder : where downloaded files lie or go
+    folder : where files lie or are downloaded to
     val_size : images held out, stratified by class; 0 holds none out
     device : where all tensors live
+    classes : use images of these classes only; labels stay as they are
+    workers : processes that read images that do not fit into memory
 
     Raises
     ------
     InputError
-        If files are missing and cannot be downloaded, or `val_size` leaves no training or too few validation images.
+        If files are missing and cannot be downloaded, a class is unknown, or `val_size` leaves no training or too few
+        validation images.
     """
-    (train_x, train_y), (test_x, test_y) = DATASETS[name](Path(folder), name)
+    source = DATASETS[name](Path(folder), name)
+    digest = source.fingerprint or _fingerprint(source)
+    (train_x, train_y), (test_x, test_y) = (
+        _only(part, source.classes, classes) for part in (source.train, source.test)
+    )
+    train_rows, val_rows = _hold_out(train_y.numpy(), val_size)
+    if isinstance(train_x, np.ndarray):
+        whole, test = (FileSplit(x, y.to(device), workers) for x, y in ((train_x, train_y), (test_x, test_y)))
+    else:
+        scale = _mean_and_std(train_x[train_rows], device) if source.natural else (None, None)
+        whole, test = (
+            Split(x.to(device), y.to(device), *scale, augment=source.natural)
+            for x, y in ((train_x, train_y), (test_x, test_y))
+        )
+    chosen = tuple(classes) if classes else None
+    return Data(name, whole[train_rows], whole[val_rows], test, len(source.classes), chosen, digest)
+
+
+def _fingerprint(source: Source) -> str:
     digest = hashlib.sha256()
-    for tensor in (train_x, train_y, test_x, test_y):
+    for tensor in (*source.train, *source.test):
         digest.update(tensor.contiguous().numpy())
-    classes = int(train_y.max()) + 1
-    train_rows, val_rows = _hold_out(train_y.numpy(), val_size, classes)
-    whole, test = Split(train_x, train_y).to(device), Split(test_x, test_y).to(device)
-    return Data(name, whole[train_rows], whole[val_rows], test, classes, digest.hexdigest())
+    return digest.hexdigest()
 
 
-def _hold_out(labels: np.ndarray, val_size: int, classes: int) -> tuple[Tensor, Tensor]:
+def _only(part: tuple, names: list[str], chosen: list[str] | None) -> tuple:
+    """The images and labels of the chosen classes."""
+    if chosen is None:
+        return part
+    unknown = [name for name in chosen if name not in names]
+    if unknown:
+        some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise InputError(f"--Classes {unknown[0]}: no such class; legal: {some}")
+    images, labels = part
+    rows = torch.isin(labels, torch.tensor([names.index(name) for name in chosen]))
+    return images[rows.numpy() if isinstance(images, np.ndarray) else rows], labels[rows]
+
+
+def _mean_and_std(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (channels, 1, 1) by channel of uint8 images, in [0, 1]; exact sums."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    shares = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    shares /= shares.sum(1, keepdim=True)
+    mean = shares @ values
+    std = (shares @ values**2 - mean**2).sqrt()
+    return tuple(value.float().to(device)[:, None, None] for value in (mean, std))
+
+
+def _hold_out(labels: np.ndarray, val_size: int) -> tuple[Tensor, Tensor]:
     rows = np.arange(len(labels))
     if val_size == 0:
         return torch.from_numpy(rows), torch.empty(0, dtype=torch.int64)
-    if not classes <= val_size <= len(labels) - classes:
-        raise InputError(f"--Val_size {val_size}: legal: 0, or {classes} to {len(labels) - classes}")
+    least = len(np.unique(labels))
+    if not least <= val_size <= len(labels) - least:
+        raise InputError(f"--Val_size {val_size}: legal: 0, or {least} to {len(labels) - least}")
     train, val = train_test_split(rows, test_size=val_size, random_state=SPLIT_SEED, stratify=labels)
     return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))
-
-
-def _idx_files(folder: Path, name: str):
-    """MNIST and its relatives, read (and downloaded, where possible) by torchvision."""
-    dataset, raw = getattr(torchvision().datasets, name), folder / name / "raw"
-    new = [path for path in (raw, *raw.parents) if not path.exists()]
-    try:
-        train, test = (dataset(folder, train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError, ValueError) as error:
-        with contextlib.suppress(OSError):  # leave no empty folders; one that holds part of a download stays
-            for path in new:
-                path.rmdir()
-        files = "train-images-idx3-ubyte train-labels-idx1-ubyte t10k-images-idx3-ubyte t10k-labels-idx1-ubyte"
-        raise InputError(
-            f"--Dataset {name}: no usable files in {raw} and no download "
-            f"({reason(error)}); put {files} (or their .gz) there, or name another --Data_dir"
-        ) from error
-    return (train.data[:, None], train.targets), (test.data[:, None], test.targets)
-
-
-def _digits(folder: Path, name: str):
-    """scikit-learn's embedded 8x8 digits, enlarged to MNIST's 28x28; a fifth of them is the test set."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    small = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
-    images = torch.nn.functional.interpolate(small, size=28, mode="bilinear").round().to(torch.uint8)
-    labels = torch.from_numpy(bunch.target).long()
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=SPLIT_SEED, stratify=labels)
-    return (images[train], labels[train]), (images[test], labels[test])
-
-
-DATASETS = {"MNIST": _idx_files, "FashionMNIST": _idx_files, "DIGITS": _digits}
-
-
-def torchvision():
-    """Import torchvision, also beside a CPU-only torch.
-
-    PyPI's Linux wheels of torchvision are linked against CUDA. Beside a CPU build of torch their compiled operators
-    do not load and the import fails for want of two operator schemas. Declaring these is enough for everything
-    this project uses (data sets, transforms, network definitions); where the two builds match, nothing is changed.
-    """
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for partial in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[partial]
-        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", schema)
-        import torchvision
-    return torchvision

@@ -1,6 +1,7 @@
 """Groups of units, blocks of weights between groups, and masks that keep pruned blocks at zero."""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,15 +110,20 @@ def build(pruned: dict[str, np.ndarray], blocks: dict[str, Blocks], network: nn.
     return masks
 
 
-@torch.no_grad()
-def apply(network: nn.Module, masks: dict[str, Tensor]) -> None:
-    """Set every masked weight to exactly 0.
+def holder(network: nn.Module, masks: dict[str, Tensor]) -> Callable[[], None]:
+    """A function that sets every masked weight to exactly 0.
 
     Called after each optimizer step this is all that holds a mask: names in the state_dict stay plain, and whatever
     momentum or weight decay add to a masked weight is gone before the next forward pass.
     """
-    for key, mask in masks.items():
-        network.get_parameter(key).masked_fill_(~mask, 0)
+    pruned = [(network.get_parameter(key), ~mask) for key, mask in masks.items()]
+
+    @torch.no_grad()
+    def hold() -> None:
+        for weight, gone in pruned:
+            weight.masked_fill_(gone, 0)
+
+    return hold
 
 
 def choose(

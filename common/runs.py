@@ -3,13 +3,13 @@
 import copy
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from common import artifacts, masks
+from common import artifacts, masks, parallel
 from common.data import Data
 from common.errors import Diverged
 from common.training import Recipe, evaluate, fit
@@ -24,6 +24,7 @@ def train(
     seed: int,
     select: str,
     record: dict,
+    resume: bool = True,
     final: Path | None = None,
     held: dict[str, Tensor] | None = None,
 ) -> dict:
@@ -33,9 +34,10 @@ def train(
     ----------
     network : on the data's device; if `held` is given, with these masks already applied
     best, final : where the checkpoints of the best and of the last epoch go
-    seed : fixes order and dropout
+    seed : fixes order, augmentation and dropout
     select : what chooses the epoch that is kept: "val", "last" (nothing: the last epoch) or "test"
     record : what is known of the run before it starts
+    resume : go on where an interrupted run of the same arguments was
     held : masks that are kept at zero; their measures and the accuracy before training are recorded
 
     Returns
@@ -44,7 +46,6 @@ def train(
     """
     start = time.perf_counter()
     selects, tolerance = {"val": (data.val, 1.0), "last": (None, 0.0), "test": (data.test, 0.0)}[select]
-    epochs: list[dict] = []
     held = held or {}
     before = copy.deepcopy(network.state_dict()) if held else None
     record = {
@@ -54,12 +55,18 @@ def train(
         "data": data.describe(),
         **artifacts.circumstances(data.train.labels.device),
     }
+    if parallel.size() > 1:
+        record["processes"] = parallel.size()
+    state_file = best.with_suffix(".state")
+    key = json.dumps({k: record.get(k) for k in ("arguments", "inputs", "seed", "processes")}, sort_keys=True)
+    begun = (artifacts.load_state(state_file, key) if resume else None) or {"epochs": [], "seconds": 0.0, "fit": None}
+    parallel.barrier()
+    epochs, start = begun["epochs"], start - begun["seconds"]
+    next_save = 0.0
 
     def checkpoint(state: dict, figures: dict) -> bytes:
         extra = {"masks": held} if held else {}
-        return artifacts.checkpoint_bytes(
-            {"state_dict": state, "epoch": figures["epoch"], "dataset": data.name, "val_size": len(data.val), **extra}
-        )
+        return artifacts.checkpoint_bytes({"state_dict": state, "epoch": figures["epoch"], **trained_on(data), **extra})
 
     def keep(figures: dict, state: dict, status: str = "running", **measured) -> dict:
         seconds = round(time.perf_counter() - start, 1)
@@ -71,6 +78,14 @@ def train(
         epochs.append(line)
         artifacts.write_bytes(best.with_suffix(".jsonl"), "".join(json.dumps(x) + "\n" for x in epochs).encode())
 
+    def save_state(state: Callable[[], dict]) -> None:
+        """Now and then: so often that a twentieth of the time goes into it."""
+        nonlocal next_save
+        began = time.perf_counter()
+        if began >= next_save:
+            artifacts.save_state(state_file, {"key": key, "epochs": epochs, "seconds": began - start, "fit": state()})
+            next_save = time.perf_counter() + 20 * (time.perf_counter() - began)
+
     try:
         figures, state = fit(
             network,
@@ -79,9 +94,11 @@ def train(
             recipe,
             seed=seed,
             tolerance=tolerance,
-            after_step=(lambda: masks.apply(network, held)) if held else None,
+            after_step=masks.holder(network, held) if held else None,
             on_epoch=log,
             on_best=keep,
+            on_state=save_state,
+            start=begun["fit"],
         )
     except Diverged:
         if artifacts.record_of(best).is_file():
@@ -103,7 +120,15 @@ def train(
     measured["test"] = asdict(evaluate(network, data.test))
     if held:
         measured |= masks.measures(network, held)
-    return keep(figures, state, "complete", **measured)
+    written = keep(figures, state, "complete", **measured)
+    if parallel.rank() == 0:
+        state_file.unlink(missing_ok=True)
+    return written
+
+
+def trained_on(data: Data) -> dict:
+    """What a checkpoint says of its data, so that scores and retraining keep to the same images."""
+    return {"dataset": data.name, "val_size": len(data.val), "classes": list(data.chosen) if data.chosen else None}
 
 
 def show(record: dict) -> None:
@@ -116,9 +141,3 @@ def show(record: dict) -> None:
         f"memory {record['memory_mib_masked_layers']:.3f} MiB (masked layers), "
         f"{record['memory_mib_network']:.3f} MiB (network)"
     )
-
-
-def seeded(build, seed: int) -> nn.Module:
-    """A network whose initial weights depend on the seed alone."""
-    torch.manual_seed(seed)
-    return build()

@@ -8,7 +8,8 @@ PAIRS = [
     ("fc2.weight", "final.weight"),
 ]  # (parent, child); key_id k of stage 2 is PAIRS[k]
 
-RECIPE = {  # of the paper, for training and for retraining; images in [0, 1]
+# What follows is the paper's, and each a default of a flag; images are in [0, 1].
+TRAINING = {
     "Dataset": "MNIST",
     "Dims": 10,
     "Epoch": 30,
@@ -21,7 +22,10 @@ RECIPE = {  # of the paper, for training and for retraining; images in [0, 1]
     "Weight_decay": 1e-4,
     "Val_size": 3000,  # ours: the paper chooses the epoch on the test set (--Select test)
 }
-GROUPS = {"parent_clusters": [250], "children_clusters": [100]}  # of fc1 and fc2, the paper's headline
+SAMPLES_PER_CLASS = 650
+GROUPS = {child: (250, 100) for _, child in PAIRS}  # numbers of parent and of child groups, by child
+LIMITS = {"fc2.weight": 0.99}  # the layer that is pruned, and at most how much of it
+RETRAINING = {**TRAINING, "lower_prune_per": 0.902, "upper_prune_per": 0.982, "prune_per_step": 0.01}
 
 
 class MLP(nn.Module):
@@ -38,3 +42,6 @@ class MLP(nn.Module):
         hidden = self.dropout(self.fc1(images.flatten(1)).relu())
         hidden = self.dropout(self.fc2(hidden).relu())
         return self.final(hidden)
+
+
+build = MLP

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.data import Split, batches, load, sample_per_class
+from common.data import Split, load, sample_per_class
 from common.errors import InputError
 
 CPU = torch.device("cpu")
@@ -46,12 +46,8 @@ def test_impossible_validation_sizes_are_refused(size):
 
 def test_batches_show_every_row_once():
     split = Split(torch.arange(10, dtype=torch.uint8)[:, None, None, None] * 25, torch.arange(10))
-    for shuffle in (None, torch.Generator().manual_seed(1)):
-        seen = [
-            (image, label)
-            for images, labels in batches(split, 4, shuffle)
-            for image, label in zip(images, labels, strict=True)
-        ]
+    for batches in (split.batches(4), split.training_batches(4, seed=1)):
+        seen = [(image, label) for images, labels, *_ in batches for image, label in zip(images, labels, strict=True)]
         assert sorted(int(label) for _, label in seen) == list(range(10))
         assert all(float(image) == pytest.approx(25 * int(label) / 255) for image, label in seen)
     assert [int(label) for _, label in seen] != list(range(10))

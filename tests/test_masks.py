@@ -133,7 +133,8 @@ def test_no_masked_weight_grows_back(net, optimizer):
 
     step()
     _, mask = held(net)
-    opt.register_step_post_hook(lambda *_: masks.apply(net, mask))
+    hold = masks.holder(net, mask)
+    opt.register_step_post_hook(lambda *_: hold())
     for _ in range(5):
         step()
         for key, kept in mask.items():
@@ -162,7 +163,7 @@ def test_random_choice_depends_on_the_seed_alone(net):
 
 def test_measures_are_those_of_the_weights(net):
     _, mask = held(net)
-    masks.apply(net, mask)
+    masks.holder(net, mask)()
     measured = masks.measures(net, mask)
     zeros = sum(int((~m).sum()) for m in mask.values())
     assert measured["pruned_percent_masked_layers"] == pytest.approx(100 * zeros / (540 + 40))

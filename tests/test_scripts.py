@@ -228,7 +228,7 @@ BAD = [
     (STAGE2, "--weights_dir {base}/0 --key_id 2", "--key_id 2 is out of range; legal: 0: fc1.weight fc2.weight, 1"),
     (STAGE2, "--weights_dir {base}/0 --key_id -1", "argument --key_id: -1 is not a whole number at least 0"),
     (STAGE2, "--weights_dir {out} --key_id 0", "logits_best.pkl does not exist; run train_stage1.py first"),
-    (STAGE2, "--weights_dir {base}/0 --key_id 0 --dataset MNIST --data_dir {out}", "train-images-idx3-ubyte"),
+    (STAGE2, "--weights_dir {base}/0 --name_postfix x --key_id 0 --dataset MNIST --data_dir {out}", "train-images-idx3-ubyte"),
     (STAGE2, "{score} --key_id 0 --parent_clusters 501", "--parent_clusters 501: fc2.weight has 500 "),
     (STAGE2, "{score} --key_id 0 --children_clusters 301", "--children_clusters 301: fc2.weight has 300"),
     (STAGE2, "{score} --key_id 0 --samples_per_class 900", "--samples_per_class 900: class"),

@@ -1,0 +1,94 @@
+"""Several processes, one per GPU, as torchrun starts them. In a single process every function here does nothing."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Join the group of processes that torchrun started, if it did: NCCL between GPUs, gloo between CPUs."""
+    if "LOCAL_RANK" not in os.environ:
+        yield
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number; process 0 is the one that prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_gpu(index: int) -> int:
+    """The GPU of this process: torchrun's choice, or the one that was asked for."""
+    return int(os.environ.get("LOCAL_RANK", index))
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    if size() > 1:
+        dist.barrier()
+
+
+def share(rows: Tensor) -> Tensor:
+    """This process's part of a batch; parts differ by at most one row."""
+    return torch.tensor_split(rows, size())[rank()]
+
+
+def total(*values: Tensor) -> list[float]:
+    """The sums of scalars over all processes."""
+    stacked = torch.stack([value.double() for value in values])
+    if size() > 1:
+        dist.all_reduce(stacked)
+    return stacked.tolist()
+
+
+def prepare(network: nn.Module) -> nn.Module:
+    """On several GPUs, batch norm over the whole batch; gloo has no such thing: there every process norms its part."""
+    if size() > 1 and next(network.parameters()).is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network
+
+
+def wrap(network: nn.Module) -> nn.Module:
+    """A module that computes the same and averages gradients over processes."""
+    return nn.parallel.DistributedDataParallel(network) if size() > 1 else network
+
+
+def same_buffers(network: nn.Module) -> None:
+    """Give every process the running statistics of process 0."""
+    if size() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def check_same(tensors: dict[str, Tensor]) -> None:
+    """Compare a hash of named tensors over all processes.
+
+    Raises
+    ------
+    RuntimeError
+        If they are not the same everywhere.
+    """
+    if size() == 1:
+        return
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    everywhere = [None] * size()
+    dist.all_gather_object(everywhere, digest.hexdigest())
+    if len(set(everywhere)) > 1:
+        raise RuntimeError(f"processes differ in {', '.join(tensors)}")

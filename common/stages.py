@@ -1,0 +1,193 @@
+"""The three stages. A network's folder calls them with its module `model`, which holds all that differs:
+
+NAME                  of the folder, and of the default directories below results/
+build(classes)        the network; classes is the number of its outputs
+PAIRS                 (parent, child) layers by their names in the state_dict; key_id k of stage 2 is PAIRS[k]
+TRAINING, RETRAINING  default flags of stages 1 and 3
+SAMPLES_PER_CLASS     training images of each class that stage 2 scores with
+GROUPS                {child: (parent groups, child groups)}
+LIMITS                {child: largest share of it that is pruned} of the layers that stage 3 prunes
+PRETRAINED            optional: name of torchvision's weights
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from urllib.error import URLError
+
+import torch
+from torch import nn
+
+from common import activations, artifacts, cli, masks, parallel, runs, scoring
+from common.data import Data, load, sample_per_class
+from common.datasets import torchvision
+from common.errors import InputError, reason
+from common.training import evaluate
+
+
+@cli.script
+def train(doc: str, model: ModuleType) -> None:
+    """Stage 1: train the dense network, or take given weights, and write logits_best.pkl."""
+    args = cli.parse(doc, stage=1, **model.TRAINING, Model=model.NAME, Save_dir=f"{model.NAME}/baseline")
+    device = cli.training_device(args)
+    data = cli.load_data(args, device)
+    cli.check_data(args, data)
+    given = [args.Weights] if isinstance(args.Weights, Path) else []
+    for rerun in range(args.Expt_rerun):
+        best = args.Save_dir / str(rerun) / "logits_best.pkl"
+        record = {"stage": 1, "arguments": cli.recorded(args), "inputs": artifacts.checksums(*given)}
+        if artifacts.is_complete(best, record):
+            continue
+        seed = args.Seed + rerun
+        torch.manual_seed(seed)
+        network = model.build(args.Dims)
+        if args.Weights:
+            _take_weights(network, model, args.Weights)
+            _evaluate_only(_placed(network, device), data, best, record)
+            continue
+        if parallel.rank() == 0:
+            print(f"{best.parent}: seed {seed}")
+        runs.train(
+            _placed(network, device),
+            data,
+            cli.recipe(args),
+            best,
+            seed=seed,
+            select=args.Select,
+            record=record,
+            resume=args.Resume,
+            final=best.with_name("logits_final.pkl"),
+        )
+
+
+@cli.script
+def score(doc: str, model: ModuleType) -> None:
+    """Stage 2: score one layer pair, or all of them after one pass over the images."""
+    args = cli.parse(
+        doc,
+        stage=2,
+        model=model.NAME,
+        dataset=model.TRAINING["Dataset"],
+        dims=model.TRAINING["Dims"],
+        weights_dir=f"{model.NAME}/baseline/0",
+        samples_per_class=model.SAMPLES_PER_CLASS,
+    )
+    every = range(len(model.PAIRS))
+    key_ids = every if args.key_id == "all" else [cli.in_range("key_id", args.key_id, model.PAIRS)]
+    pairs = [model.PAIRS[key_id] for key_id in key_ids]
+    cli.resolve_groups(args, [child for _, child in pairs], model.GROUPS)
+    options = cli.scoring_options(args)
+    device = cli.device(args.device_ids)
+    network, weights = model.build(args.dims), args.weights_dir / "logits_best.pkl"
+    checkpoint = artifacts.load_weights(network, weights)
+    todo, inputs = [], artifacts.checksums(weights)
+    for key_id, (parent, child), *groups in zip(
+        key_ids, pairs, args.parent_clusters, args.children_clusters, strict=True
+    ):
+        blocks = masks.contiguous_blocks(network, child, *groups, last=child == model.PAIRS[-1][1])
+        families = artifacts.score_families(args.weights_dir, args.name_postfix)
+        files = [artifacts.of_pair(family, parent, child) for family in families]
+        of_pair = {"key_id": key_id, "parent_clusters": groups[:1], "children_clusters": groups[1:]}
+        arguments = cli.recorded(argparse.Namespace(**{**vars(args), **of_pair}))
+        record = {"stage": 2, "arguments": arguments, "inputs": inputs}
+        if not artifacts.is_complete(files[0], record):
+            todo.append((child, blocks, files, record))
+    if not todo:
+        return
+    data = load(
+        args.dataset,
+        args.data_dir,
+        val_size=checkpoint.get("val_size", 0),
+        device=device,
+        classes=args.classes,
+        workers=args.cores,
+    )
+    cli.check_data(args, data, checkpoint)
+    rows = sample_per_class(data.train.labels, args.samples_per_class, args.seed)
+    seen = activations.paired(_placed(network, device), [child for child, *_ in todo], data.train[rows])
+    known = {"data": data.describe(), **artifacts.circumstances(device)}
+    for child, blocks, files, record in todo:
+        parents, children = seen.pop(child)
+        scoring.score(children, parents, blocks, files, {**record, **known}, **options)
+
+
+@cli.script
+def retrain(doc: str, model: ModuleType) -> None:
+    """Stage 3: prune by the scores, or by a control, and retrain what is left."""
+    args = cli.parse(
+        doc,
+        stage=3,
+        **model.RETRAINING,
+        Model=model.NAME,
+        Retrain=f"{model.NAME}/baseline/0/logits_best.pkl",
+        Save_dir=f"{model.NAME}/pruned",
+    )
+    share = cli.pruned_share(args)
+    cli.resolve_pairs(args, model.PAIRS, model.GROUPS, model.LIMITS)
+    cli.check_save_dir(args)
+    device = cli.training_device(args)
+    network = model.build(args.Dims)
+    checkpoint = artifacts.load_weights(network, args.Retrain)
+    blocks, scores, score_files = cli.blocks_and_scores(args, network, model.PAIRS)
+    share = cli.share_of_masked(args, share, network, blocks)
+    data = cli.load_data(args, device)
+    cli.check_data(args, data, checkpoint)
+    inputs = artifacts.checksums(args.Retrain, *score_files)
+    network = _placed(network, device)
+    for rerun in range(args.Expt_rerun):
+        seed = args.Seed + rerun
+        network.load_state_dict(checkpoint["state_dict"])
+        pruned = masks.choose(args.Criterion, network, blocks, share, args.upper_prune_limit, scores=scores, seed=seed)
+        held = masks.build(pruned, blocks, network)
+        parallel.check_same(held)
+        masks.holder(network, held)()
+        percent = masks.percent_zero([network.get_parameter(key) for key in held])
+        best = args.Save_dir / str(rerun) / f"logits_{percent:.2f}.pkl"
+        record = {"stage": 3, "arguments": cli.recorded(args), "inputs": inputs, "requested_percent": 100 * share}
+        if artifacts.is_complete(best, record):
+            continue
+        record = runs.train(
+            network,
+            data,
+            cli.recipe(args),
+            best,
+            seed=seed,
+            select=args.Select,
+            record=record,
+            resume=args.Resume,
+            held=held,
+        )
+        if parallel.rank() == 0:
+            runs.show(record)
+
+
+def _placed(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network on the device, convolutions in the memory layout that is fastest on CPUs and GPUs alike."""
+    return parallel.prepare(network.to(device, memory_format=torch.channels_last))
+
+
+def _take_weights(network: nn.Module, model: ModuleType, source: Path | str) -> None:
+    """Load torchvision's weights ("torchvision"), or those of a file: a checkpoint or a plain state_dict."""
+    if source != "torchvision":
+        artifacts.load_state_dict(network, artifacts.load_checkpoint(source, plain=True)["state_dict"], source)
+        return
+    name = getattr(model, "PRETRAINED", None)
+    if name is None:
+        raise InputError(f"--Weights torchvision: torchvision has no weights of {model.NAME}; name a file")
+    try:
+        state = torchvision().models.get_weight(name).get_state_dict(check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise InputError(f"--Weights torchvision: no download ({reason(error)}); name a file") from error
+    artifacts.load_state_dict(network, state, name)
+
+
+def _evaluate_only(network: nn.Module, data: Data, best: Path, record: dict) -> None:
+    """Write given weights as if they had just been trained, with the accuracy on the test set."""
+    state = {"state_dict": network.state_dict(), "epoch": 0, **runs.trained_on(data)}
+    test = asdict(evaluate(network, data.test))
+    known = {"best": {"epoch": 0}, "test": test, "data": data.describe()}
+    known |= artifacts.circumstances(data.train.labels.device)
+    artifacts.save({best: artifacts.checkpoint_bytes(state)}, {**record, **known, "status": "complete"})
+    if parallel.rank() == 0:
+        print(f"{best}: test accuracy {test['accuracy']:.2f} % (top-5 {test['top5']:.2f} %)")
