@@ -3,7 +3,7 @@
 # Nothing is chosen: all 60,000 images train, the last epoch counts, the test set is read once. Finished runs are skipped,
 # so the script can be stopped and started again. About half an hour on two CPU cores.
 set -eu
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/../mlp"
 python=${PYTHON:-python}
 seeds=${SEEDS:-0 1 2}
 shares=${SHARES:-0.962 0.984 0.996}
