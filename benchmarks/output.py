@@ -28,14 +28,14 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
 
 
-def save(folder: Path, name: str, record: dict) -> None:
+def save(folder: Path, name: str, record: dict, device: torch.device | None = None) -> None:
     """Write a benchmark's record with its circumstances, print its tables and its other entries."""
     for key, value in record.items():
         print(
             f"\n{key}\n{table(value)}" if isinstance(value, list) and isinstance(value[0], dict) else f"{key}: {value}"
         )
     path = artifacts.under_results(folder) / f"{name}.json"
-    artifacts.write_json(path, {**record, **artifacts.circumstances(torch.device("cpu"))})
+    artifacts.write_json(path, {**record, **artifacts.circumstances(device or torch.device("cpu"))})
     print(f"\nrecord: {path}\n")
 
 

@@ -51,7 +51,7 @@ RETRAINING = {
     "Epoch": 130,
     "Milestones": [30, 60, 90, 100],
     "lower_prune_per": 0.45,
-    "upper_prune_per": 0.55,
+    "upper_prune_per": 0.53,
     "prune_per_step": 0.02,
 }
 

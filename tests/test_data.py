@@ -1,10 +1,17 @@
 """Data sets, splits and batches."""
 
+import pickle
+import shutil
+
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+from PIL import Image
 
-from common.data import Split, load, sample_per_class
+from common import parallel
+from common.data import IMAGENET, PADDING, Split, load, sample_per_class, shift_and_mirror
+from common.datasets import torchvision
 from common.errors import InputError
 
 CPU = torch.device("cpu")
@@ -87,3 +94,146 @@ def test_mnist_files_are_read_through_torchvision(tmp_path, rng, name):
     data = load(name, tmp_path, val_size=10, device=CPU)
     assert (len(data.train), len(data.val), len(data.test)) == (30, 10, 20)
     assert torch.equal(data.test.images[:, 0], torch.from_numpy(images["t10k"]))
+
+
+def test_augmentation_is_torchvisions(rng):
+    """Each image is cropped and mirrored as torchvision's functions do with the same numbers."""
+    functional = torchvision().transforms.v2.functional
+    images = torch.from_numpy(rng.integers(0, 256, (20, 3, 32, 32), np.uint8))
+    down, right = (torch.from_numpy(rng.integers(0, 2 * PADDING + 1, 20)) for _ in range(2))
+    mirrored = torch.from_numpy(rng.random(20) < 0.5)
+    found = shift_and_mirror(images, down, right, mirrored)
+    for k in range(20):
+        expected = functional.crop(functional.pad(images[k], [PADDING] * 4), int(down[k]), int(right[k]), 32, 32)
+        assert torch.equal(found[k], functional.horizontal_flip(expected) if mirrored[k] else expected)
+
+
+def test_augmentation_is_drawn_uniformly():
+    """A single bright pixel shows where each image went: all 81 shifts, mirrored or not, equally often."""
+    images = torch.zeros(16200, 1, 16, 16, dtype=torch.uint8)
+    images[:, :, 6, 5] = 255
+    split = Split(images, torch.arange(len(images)), augment=True)
+    (batch, labels, _), *_ = split.training_batches(len(images), seed=3)
+    rows, cols = np.unravel_index(batch.flatten(1).argmax(1).numpy(), (16, 16))
+    counts = np.zeros((16, 16))
+    np.add.at(counts, (rows, cols), 1)
+    expected = np.zeros((16, 16))
+    for shift in range(-PADDING, PADDING + 1):
+        expected[2:11, 5 + shift] += 1
+        expected[2:11, 10 + shift] += 1
+    expected *= len(images) / expected.sum()
+    assert (counts[expected == 0] == 0).all()
+    assert scipy.stats.chisquare(counts[expected > 0], expected[expected > 0]).pvalue > 0.001
+    assert not torch.equal(labels, torch.arange(len(images)))
+
+
+def test_training_batches_depend_on_the_seed_alone():
+    split = Split(torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8), torch.arange(50), augment=True)
+
+    def batches(seed):
+        return torch.cat([images for images, *_ in split.training_batches(16, seed)])
+
+    assert torch.equal(batches(1), batches(1))
+    assert not torch.equal(batches(1), batches(2))
+    assert len(batches(1)) == 50
+    assert len(torch.cat([labels for _, labels, _ in split[torch.arange(33)].training_batches(16, 0)])) == 32
+
+
+def test_processes_share_every_batch(monkeypatch):
+    """Together they see what one sees, in the same order within a batch."""
+    split = Split(torch.arange(41, dtype=torch.uint8)[:, None, None, None], torch.arange(41))
+    whole = [labels for _, labels, _ in split.training_batches(8, 5)]
+    parts = []
+    for rank in (0, 1, 2):
+        monkeypatch.setattr(parallel, "size", lambda: 3)
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        parts.append([labels for _, labels, _ in split.training_batches(8, 5)])
+    for batch, *shares in zip(whole, *parts, strict=False):
+        assert torch.equal(batch, torch.cat(shares))
+    assert [len(part) for part in parts] == [5, 5, 5]  # the last batch, one image, is left out
+
+
+def test_cifar_tree_is_decoded_once(photographs, tmp_path, monkeypatch):
+    """And again when a file changes; a damaged cache is refused."""
+    shutil.copytree(photographs / "cifar10", tmp_path / "cifar10")
+    (tmp_path / "cifar10" / "decoded.npy").unlink(missing_ok=True)
+    data = load("CIFAR10", tmp_path, val_size=8, device=CPU)
+    assert (len(data.train), len(data.val), len(data.test), data.classes) == (40, 8, 20, 2)
+    with Image.open(tmp_path / "cifar10/test/flower/3.jpg") as image:
+        assert torch.equal(data.test.images[13], torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    monkeypatch.setattr("common.datasets.read_image", None)
+    assert load("CIFAR10", tmp_path, val_size=8, device=CPU).fingerprint == data.fingerprint
+    monkeypatch.undo()
+    cache = tmp_path / "cifar10" / "decoded.npy"
+    cache.write_bytes(cache.read_bytes()[:-1] + b"x")
+    with pytest.raises(InputError, match=r"decoded.npy is damaged.*remove it"):
+        load("CIFAR10", tmp_path, val_size=8, device=CPU)
+    (tmp_path / "cifar10/train/china/0.jpg").unlink()
+    assert len(load("CIFAR10", tmp_path, val_size=8, device=CPU).train) == 39
+
+
+def test_photographs_are_normalised_by_the_training_split(photographs):
+    data = load("CIFAR10", photographs, val_size=8, device=CPU)
+    images = torch.cat([images for images, _ in data.train.batches(7)]).double()
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(images.std((0, 2, 3)), torch.ones(3).double(), atol=1e-4, rtol=0)
+    assert torch.equal(data.test.mean, data.train.mean)
+    assert data.describe()["mean"] == pytest.approx(data.train.images.double().mean((0, 2, 3)) / 255)
+
+
+def test_original_cifar_files_are_read_through_torchvision(tmp_path, rng, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = rng.integers(0, 256, (6, 20, 3072), np.uint8)
+    for name, rows in zip([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"], pixels, strict=True):
+        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [k % 10 for k in range(20)]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(torchvision().datasets.cifar, "check_integrity", lambda *_: True)  # these are not the real ones
+    data = load("CIFAR10", tmp_path, val_size=0, device=CPU, classes=["b", "d"])
+    assert (len(data.train), len(data.test), data.classes) == (20, 4, 10)
+    assert data.test.labels.tolist() == [1, 3, 1, 3]
+    assert torch.equal(data.test.images[1].flatten(), torch.from_numpy(pixels[5, 3]))
+
+
+def test_imagenet_folders(photographs, tmp_path):
+    """Images are read as needed, the same whatever the number of workers."""
+    first, second = (load("ImageNet", photographs, val_size=4, device=CPU, workers=w) for w in (0, 2))
+    assert (len(first.train), len(first.val), len(first.test), first.classes) == (8, 4, 8, 2)
+    for a, b in zip(first.train.training_batches(4, 7), second.train.training_batches(4, 7), strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+    images, labels = next(first.test.batches(5))
+    assert images.shape == (5, 3, 224, 224)
+    transforms = torchvision().transforms
+    usual = transforms.Compose(
+        [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), transforms.Normalize(*IMAGENET)]
+    )
+    with Image.open(photographs / "imagenet/val/china/2.jpg") as image:
+        torch.testing.assert_close(images[2], usual(image), rtol=1e-4, atol=1e-4)
+    assert labels.tolist() == [0, 0, 0, 0, 1]
+    chosen = load("ImageNet", photographs, val_size=0, device=CPU, classes=["flower"])
+    assert chosen.train.labels.unique().tolist() == [1]
+    assert sample_per_class(chosen.train.labels, 3, seed=0).shape == (3,)
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "ImageNet"])
+@pytest.mark.parametrize("damage", ["no image", "cut off", "missing class", "wrong size"])
+def test_damaged_image_folders_are_named(photographs, tmp_path, name, damage):
+    tree, other = {"CIFAR10": ("cifar10", "test"), "ImageNet": ("imagenet", "val")}[name]
+    shutil.copytree(photographs / tree, tmp_path / tree)
+    for cached in (tmp_path / tree).glob("decoded.*"):
+        cached.unlink()
+    victim = tmp_path / tree / "train" / "china" / "1.jpg"
+    if damage == "no image":
+        victim.write_bytes(b"no image")
+    elif damage == "cut off":
+        victim.write_bytes(victim.read_bytes()[:200])
+    elif damage == "missing class":
+        shutil.rmtree(tmp_path / tree / other / "flower")
+    elif name == "CIFAR10":
+        Image.new("RGB", (32, 31)).save(victim)
+    else:
+        return  # ImageNet's images have any size
+    expected = "flower is in one" if damage == "missing class" else "1.jpg"
+    with pytest.raises(InputError, match=expected):
+        list(load(name, tmp_path, val_size=0, device=CPU).train.training_batches(4, 0))

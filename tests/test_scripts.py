@@ -8,28 +8,23 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
+from conftest import ENVIRONMENT, ROOT, record
 
 from common.cmi import ESTIMATORS
 
-ROOT = Path(__file__).resolve().parents[1]
 STAGE1, STAGE2, STAGE3 = "train_stage1.py", "pruning_1b.py", "retrain_stage3.py"
 TRAIN = "--Dataset DIGITS --Val_size 200 --Epoch 3 --Batch_size 64".split()
 GROUPS = "--parent_clusters 50 --children_clusters 30".split()
 SCORE = ["--dataset", "DIGITS", "--samples_per_class", "40", *GROUPS]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def shell(script, *flags, code=0):
-    """Run a script in a process of its own and return what it printed."""
-    command = [sys.executable, script, *map(str, flags)]
-    done = subprocess.run(command, cwd=ROOT / "mlp", capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return conftest.shell("mlp", script, *flags, code=code)
 
 
 @pytest.fixture
@@ -66,10 +61,6 @@ def base(tmp_path_factory):
 def prune(base, out, *flags):
     source = ["--Retrain", base / "0" / "logits_best.pkl", "--Save_dir", out]
     return [STAGE3, *TRAIN, *source, *([] if "--parent_clusters" in flags else GROUPS), *flags]
-
-
-def record(path):
-    return json.loads(path.with_suffix(".json").read_text())
 
 
 def test_stage_1_writes_checkpoints_records_and_epochs(base):
@@ -228,7 +219,7 @@ BAD = [
     (STAGE2, "--weights_dir {base}/0 --key_id 2", "--key_id 2 is out of range; legal: 0: fc1.weight fc2.weight, 1"),
     (STAGE2, "--weights_dir {base}/0 --key_id -1", "argument --key_id: -1 is not a whole number at least 0"),
     (STAGE2, "--weights_dir {out} --key_id 0", "logits_best.pkl does not exist; run train_stage1.py first"),
-    (STAGE2, "--weights_dir {base}/0 --name_postfix x --key_id 0 --dataset MNIST --data_dir {out}", "train-images-idx3-ubyte"),
+    (STAGE2, "--weights_dir {base}/0 --key_id 0 --dataset MNIST --data_dir {out} --name_postfix x", "no usable files"),
     (STAGE2, "{score} --key_id 0 --parent_clusters 501", "--parent_clusters 501: fc2.weight has 500 "),
     (STAGE2, "{score} --key_id 0 --children_clusters 301", "--children_clusters 301: fc2.weight has 300"),
     (STAGE2, "{score} --key_id 0 --samples_per_class 900", "--samples_per_class 900: class"),

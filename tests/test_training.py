@@ -1,11 +1,14 @@
 """Training, evaluation and activations on a small problem."""
 
+import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from common import artifacts, parallel
 from common.activations import paired
 from common.data import Split
 from common.errors import Diverged
@@ -98,3 +101,63 @@ def test_activations_are_paired_pooled_and_of_evaluation_mode(split):
     torch.testing.assert_close(found["3.weight"][0], read.mean((2, 3)))
     torch.testing.assert_close(found["3.weight"][1], returned.mean((2, 3)))
     assert found["5.weight"][1].shape == (100, 2)
+
+
+def test_going_on_from_a_saved_state_gives_the_same_bits(split):
+    """Weights, running statistics and figures; the state went through a file."""
+
+    def convolutional():
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(16, 2)]
+        return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+    split, states = replace(split, augment=True), []
+    whole, resumed = convolutional(), convolutional()
+
+    def on_state(state):
+        states.append(torch.load(io.BytesIO(artifacts.checkpoint_bytes(state())), weights_only=True))
+
+    best, state = fit(whole, split, split, RECIPE, seed=1, on_state=on_state)
+    found, found_state = fit(resumed, split, split, RECIPE, seed=1, start=states[1])
+    assert [s["epoch"] for s in states] == [1, 2, 3, 4]
+    assert {k: v for k, v in best.items() if k != "seconds"} == {k: v for k, v in found.items() if k != "seconds"}
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key])
+        assert torch.equal(state[key], found_state[key])
+
+
+def test_bfloat16_keeps_weights_in_single_precision(split):
+    net = network()
+    best, _ = fit(net, split, split, replace(RECIPE, amp=True), seed=1)
+    assert best["val_accuracy"] > 95
+    assert weights(net).dtype == torch.float32
+
+
+def test_compiled_training_goes_through_torch_compile(split, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    fit(network(), split, split, replace(RECIPE, compile=True), seed=1)
+    assert len(compiled) == 1
+
+
+def test_top_5():
+    logits = torch.eye(8)[torch.arange(8)] * 8 + torch.arange(8.0)  # the image's own class first, then 7, 6, 5, ...
+    labels = torch.tensor([0, 1, 2, 7, 3, 4, 0, 5])
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 8, bias=False))
+    net.forward = lambda images: logits
+    score = evaluate(net, Split(torch.zeros(8, 1, 1, 1, dtype=torch.uint8), labels))
+    assert score.accuracy == 100 * 3 / 8
+    assert score.top5 == 100 * 7 / 8  # all but the seventh, whose five are 6, 7, 5, 4, 3
+
+
+def test_processes_that_differ_are_refused(monkeypatch):
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    others = []
+    monkeypatch.setattr(
+        parallel.dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own, *others])
+    )
+    mask = {"fc2.weight": torch.tensor([True, False])}
+    parallel.check_same(mask)
+    others.append("another hash")
+    with pytest.raises(RuntimeError, match=r"processes differ in fc2.weight"):
+        parallel.check_same(mask)
