@@ -8,7 +8,6 @@ import argparse
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -49,10 +48,9 @@ def accuracy_before(record: dict) -> float:
     return record["test_before_retraining"]["accuracy"]
 
 
-def mean_std(values: list[float], digits: int = 2) -> str:
+def mean_std(values: list[float]) -> str:
     """Mean and sample standard deviation, the latter only of two or more values."""
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+    return f"{np.mean(values):.2f}" + ("" if len(values) < 2 else f" ± {np.std(values, ddof=1):.2f}")
 
 
 def table(folder: Path, paper: dict | None = None) -> str:
@@ -66,46 +64,70 @@ def table(folder: Path, paper: dict | None = None) -> str:
     def row(name: str, *cells: str) -> None:
         lines.append("| " + " | ".join((name, *cells)) + " |")
 
+    def published(name: str, point: dict) -> None:
+        pruned = f"{point['pruned_percent']:.2f}"
+        shares = (pruned, "") if paper["pruned_of"] == "masked_layers" else ("", pruned)
+        memory = f"{point['memory_mib']:.3f}" if "memory_mib" in point else ""
+        row(f"paper: {name}", *shares, "", f"{point['accuracy']:.2f}", memory, "")
+
     if paper:
-        row("paper: dense", "0", "", "", f"{paper['baseline_accuracy']:.2f}", f"{paper['baseline_memory_mib']:.3f}", "")
+        dense = {
+            "pruned_percent": 0,
+            "accuracy": paper["baseline_accuracy"],
+            "memory_mib": paper["baseline_memory_mib"],
+        }
+        published("dense", dense)
         for point in paper["mint"]:
-            cells = (
-                f"{point['pruned_percent']:.2f}",
-                "",
-                "",
-                f"{point['accuracy']:.2f}",
-                f"{point['memory_mib']:.3f}",
-                "",
-            )
-            row("paper: MINT", *cells)
+            published("MINT", point)
         for point in paper["others"]:
-            row(f"paper: {point['name']}", f"{point['pruned_percent']:.2f}", "", "", f"{point['accuracy']:.2f}", "", "")
+            published(point["name"], point)
     dense = baselines(folder)
-    row("**dense**", "0", "0", "", mean_std([accuracy(r) for r in dense]), "", str(len(dense)))
+    if dense:
+        row("**dense**", "0", "0", "", mean_std([accuracy(r) for r in dense]), "", str(len(dense)))
+    else:
+        row("**here**", "", "", "", "not run yet", "", "0")
     for (_, criterion), records in by_point(folder).items():
-
-        def cell(value: Callable[[dict], float], digits: int = 2, records=records) -> str:
-            return mean_std([value(r) for r in records], digits)
-
-        pruned = np.mean([r["pruned_percent_masked_layers"] for r in records])
-        network = np.mean([r["pruned_percent_network"] for r in records])
-        memory = np.mean([r["memory_mib_masked_layers"] for r in records])
         cells = (
-            f"{pruned:.2f}",
-            f"{network:.2f}",
-            cell(accuracy_before),
-            cell(accuracy),
-            f"{memory:.3f}",
+            f"{np.mean([r['pruned_percent_masked_layers'] for r in records]):.2f}",
+            f"{np.mean([r['pruned_percent_network'] for r in records]):.2f}",
+            mean_std([accuracy_before(r) for r in records]),
+            mean_std([accuracy(r) for r in records]),
+            f"{np.mean([r['memory_mib_masked_layers'] for r in records]):.3f}",
             str(len(records)),
         )
         row(f"**{criterion}**", *cells)
     return "\n".join(lines) + "\n"
 
 
+def scoring_table(folder: Path) -> str:
+    """What it cost to score all layer pairs of the networks in a folder."""
+    scored = runs(folder, 2)
+    seconds = [r["wall_seconds"] for r in scored]
+    groups = [np.prod(r["scores"]["shape"]) for r in scored]
+    cells = (
+        str(len(scored)),
+        f"{min(groups):,} to {max(groups):,}",
+        f"{scored[0]['scores']['samples']:,}",
+        f"{sum(seconds):,.0f}",
+        f"{np.median(seconds):.1f}",
+        f"{max(seconds):.1f}",
+        f"{max(r['peak_memory_mib'] for r in scored):,}",
+        scored[0]["device"],
+    )
+    return (
+        "| layer pairs | scores per pair | images | seconds in all | median per pair | longest | memory (MiB) | on |\n"
+        "|---|---|---|---|---|---|---|---|\n| " + " | ".join(cells) + " |\n"
+    )
+
+
 def figure(folder: Path, target: Path, title: str, paper: dict | None = None) -> None:
     """Accuracy against pruned share, before and after retraining: mean and standard deviation over runs."""
     points = by_point(folder)
     shares = sorted({share for share, _ in points})
+    of = paper["pruned_of"] if paper else "masked_layers"
+    pruned = [
+        np.mean([r[f"pruned_percent_{of}"] for (s, _), rs in points.items() if s == x for r in rs]) for x in shares
+    ]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, value, name in zip(axes, (accuracy_before, accuracy), ("before", "after"), strict=True):
         for offset, criterion in enumerate(sorted({c for _, c in points})):
@@ -115,14 +137,16 @@ def figure(folder: Path, target: Path, title: str, paper: dict | None = None) ->
             std = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
             axis.errorbar(x, mean, std, marker="o", capsize=3, label=criterion, color=COLOURS.get(criterion))
         axis.set(
-            title=f"{name} retraining", xlabel="pruned weights of the masked layers (%)", ylabel="test accuracy (%)"
+            title=f"{name} retraining",
+            xlabel=f"pruned weights of the {of.replace('_', ' ')} (%)",
+            ylabel="test accuracy (%)",
         )
-        axis.set_xticks(np.arange(len(shares)), [f"{s:g}" for s in shares])
+        axis.set_xticks(np.arange(len(shares)), [f"{percent:.4g}" for percent in pruned])
     dense = [accuracy(r) for r in baselines(folder)]
     if dense:
         axes[1].axhline(np.mean(dense), color="black", lw=1, ls="--", label="dense")
     for k, point in enumerate(paper["mint"] if paper else []):
-        x = np.interp(point["pruned_percent"], shares, np.arange(len(shares)))
+        x = np.interp(point["pruned_percent"], pruned, np.arange(len(shares)))
         label = None if k else "paper: MINT"
         axes[1].plot(x, point["accuracy"], "*", ms=13, color="tab:red", label=label, zorder=5)
     axes[1].legend()
@@ -144,14 +168,20 @@ def save_figure(figure: plt.Figure, target: Path) -> None:
 
 
 def everything() -> None:
-    """Regenerate all that is committed from the committed records."""
+    """Regenerate all that is committed from the committed records: figures, and what stands between markers of pages.
+
+    <!-- table FOLDER --> is the table of results/FOLDER, beside the published figures of that name if there are any;
+    <!-- scoring FOLDER --> what its scores cost.
+    """
     paper = artifacts.read_json(artifacts.RESULTS / "paper.json")
-    pages = [artifacts.ROOT / "README.md", artifacts.RESULTS / "README.md"]
     for name in (n for n in paper if isinstance(paper[n], dict)):
-        folder = artifacts.RESULTS / name
-        figure(folder, artifacts.RESULTS / "figures" / f"{name}.png", paper[name]["title"], paper[name])
-        for page in pages:
-            fill(page, f"table {name}", table(folder, paper[name]))
+        if runs(artifacts.RESULTS / name, 3):
+            target = artifacts.RESULTS / "figures" / f"{name}.png"
+            figure(artifacts.RESULTS / name, target, paper[name]["title"], paper[name])
+    for page in (artifacts.ROOT / "README.md", artifacts.RESULTS / "README.md"):
+        for kind, name in re.findall(r"<!-- (table|scoring) (\S+) -->", page.read_text()):
+            folder = artifacts.RESULTS / name
+            fill(page, f"{kind} {name}", table(folder, paper.get(name)) if kind == "table" else scoring_table(folder))
 
 
 def main() -> int:

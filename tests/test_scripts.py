@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, record
 
+from common import artifacts
 from common.cmi import ESTIMATORS
 
 STAGE1, STAGE2, STAGE3 = "train_stage1.py", "pruning_1b.py", "retrain_stage3.py"
@@ -140,6 +141,27 @@ def test_stage_3_with_two_pairs_and_limits(base, tmp_path, call):
         assert record(path)["pruned_percent_masked_layers"] == pytest.approx(80, abs=0.1)
 
 
+def test_shares_of_the_network(base, tmp_path, call):
+    """All weights count, not the masked layer's alone."""
+    call(*prune(base, tmp_path, "--Criterion", "magnitude", "--Prune_per", "0.2", "--Prune_of_network"))
+    (path,) = (tmp_path / "0").glob("*.pkl")
+    assert record(path)["pruned_percent_network"] == pytest.approx(20, abs=0.01)
+    assert record(path)["requested_percent"] == pytest.approx(20 * 545_000 / 150_000)
+
+
+def test_a_damaged_state_is_refused_and_can_be_left_aside(base, tmp_path, call):
+    """The state of a finished run is gone; here is one of which a bit is wrong."""
+    flags = prune(base, tmp_path, "--Criterion", "magnitude", "--Prune_per", "0.9")
+    state = tmp_path / "0" / "logits_90.00.state"
+    artifacts.save_state(state, {"key": "of another run", "fit": None})
+    content = bytearray(state.read_bytes())
+    content[100] ^= 1
+    state.write_bytes(content)
+    assert "logits_90.00.state is damaged; remove it, or start over with --no-Resume" in call(*flags, code=2)
+    call(*flags, "--no-Resume")
+    assert not state.exists()
+
+
 @pytest.mark.parametrize("criterion", ["random", "magnitude"])
 @pytest.mark.parametrize("with_scores", [False, True])
 def test_controls_prune_as_much(base, tmp_path, call, criterion, with_scores):
@@ -233,6 +255,7 @@ BAD = [
     (STAGE3, "--key_id 0 --lower_prune_per 0.9 --upper_prune_per 0.1", "--lower_prune_per 0.9 is above"),
     (STAGE3, "{legal} --upper_prune_limit 1.5", "argument --upper_prune_limit: 1.5 is not a number at least 0 and"),
     (STAGE3, "{legal} --upper_prune_limit 0.5", "90 % cannot be pruned: --upper_prune_limit allows at most 50.00 %"),
+    (STAGE3, "{legal} --Prune_of_network", "90 % of the network: the masked layers hold 27.52 %"),
     (STAGE3, "{legal} --upper_prune_limit 0.5 0.6", "--upper_prune_limit has 2 values for 1 layer pairs"),
     (STAGE3, "{legal} --parent_key fc1.weight fc2.weight", "--parent_key has 2 values, --children_key 1"),
     (STAGE3, "{legal} --children_key fc9.weight", "fc9.weight is no layer pair; legal: 0: fc1.weight fc2.weight"),
