@@ -126,6 +126,7 @@ FLAGS = {
         "3", None, "pruned shares are of all weights, not of the masked layers'", action="store_true"
     ),
     "Criterion": _flag("3", ("cmi", "random", "magnitude"), "what ranks the blocks", "cmi"),
+    "Even": _flag("3", None, "spread the kept blocks evenly over child and parent groups", action="store_true"),
     "model": _flag("2", None, "the network of this folder"),
     "dataset": _flag("2", DATASETS, "data set"),
     "weights_dir": _flag("2", results_path, "where logits_best.pkl lies and the scores go"),

@@ -100,6 +100,46 @@ def select(scores: list[np.ndarray], weights: list[np.ndarray], share: float, ca
     return [part.reshape(s.shape) for part, s in zip(np.split(pruned, ends), scores, strict=True)]
 
 
+def select_evenly(scores: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
+    """As `select` for one layer, but the blocks that are kept are spread evenly over child and over parent groups.
+
+    Blocks are taken from the highest score down, as long as their child group and their parent group have not had
+    their even part of the blocks; when no more can be taken, both parts grow by one block.
+
+    Parameters
+    ----------
+    scores : (H, G)
+    weights : how many weights each block holds, same shape
+    share : share of the layer's weights to prune, in [0, 1]
+
+    Returns
+    -------
+    Boolean (H, G), True where a block is pruned; the share is reached and exceeded by less than one block.
+    """
+    if np.isnan(scores).any():
+        raise InputError("scores hold NaN")
+    shuffled = np.random.default_rng(0).permutation(scores.size)
+    order = shuffled[np.argsort(-scores.ravel()[shuffled], kind="stable")]
+    room = (1 - share) * weights.sum() * (1 + 1e-12)
+    parts = np.ceil(room / weights.sum() * weights.size / np.array(scores.shape) - 1e-9).astype(int)
+    kept, children, parents = np.zeros(scores.shape, bool), *(np.zeros(n, int) for n in scores.shape)
+    while order.size:
+        left = []
+        for block in order:
+            j, i = divmod(block, scores.shape[1])
+            if weights[j, i] > room:
+                continue
+            if children[j] >= parts[0] or parents[i] >= parts[1]:
+                left.append(block)
+                continue
+            kept[j, i] = True
+            children[j] += 1
+            parents[i] += 1
+            room -= weights[j, i]
+        order, parts = np.array(left), parts + 1
+    return ~kept
+
+
 def build(pruned: dict[str, np.ndarray], blocks: dict[str, Blocks], network: nn.Module) -> dict[str, Tensor]:
     """Boolean masks, shaped as the weights and on their device, True where a weight is kept."""
     masks = {}
@@ -134,6 +174,7 @@ def choose(
     caps: list[float],
     *,
     scores: dict[str, np.ndarray] | None = None,
+    even: bool = False,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """The blocks that a criterion prunes, by layer.
@@ -145,6 +186,7 @@ def choose(
         choice within layers differs, else they rank all layers together.
     share, caps : as for `select`
     scores : one (H, G) array per layer; needed for "cmi"
+    even : spread what each layer keeps evenly over its child and over its parent groups, see `select_evenly`
     seed : of the random choice
 
     Returns
@@ -158,12 +200,12 @@ def choose(
         "random": lambda key: rng.random(blocks[key].weights.shape),
     }[criterion]
     ranked, sizes = [rank(key) for key in blocks], [b.weights for b in blocks.values()]
-    if criterion == "cmi" or scores is None:
-        chosen = select(ranked, sizes, share, caps)
-    else:
-        reference = select([scores[key] for key in blocks], sizes, share, caps)
-        shares = [w[r].sum() / w.sum() for r, w in zip(reference, sizes, strict=True)]
-        chosen = [select([r], [w], s, [1.0])[0] for r, w, s in zip(ranked, sizes, shares, strict=True)]
+    reference = ranked if scores is None else [scores[key] for key in blocks]
+    chosen = select(reference, sizes, share, caps)
+    if even or reference is not ranked:
+        shares = [w[c].sum() / w.sum() for w, c in zip(sizes, chosen, strict=True)]
+        within = select_evenly if even else lambda rank, size, part: select([rank], [size], part, [1.0])[0]
+        chosen = [within(r, w, s) for r, w, s in zip(ranked, sizes, shares, strict=True)]
     return dict(zip(blocks, chosen, strict=True))
 
 

@@ -32,33 +32,38 @@ def baselines(folder: Path) -> list[dict]:
     return [r for r in runs(folder, 1) if "best" in r]
 
 
+def rule(record: dict) -> str:
+    """What chose the mask of a pruned run, in words."""
+    arguments = record["arguments"]
+    return arguments["Criterion"] + (", even" if arguments.get("Even") else "")
+
+
 def by_point(folder: Path) -> dict[tuple[float, str], list[dict]]:
-    """Pruned runs by (requested percentage, criterion)."""
+    """Pruned runs by (requested percentage, rule)."""
     points = defaultdict(list)
     for record in runs(folder, 3):
-        points[record["requested_percent"], record["arguments"]["Criterion"]].append(record)
+        points[record["requested_percent"], rule(record)].append(record)
     return dict(sorted(points.items()))
 
 
-def accuracy(record: dict) -> float:
-    return record["test"]["accuracy"]
-
-
-def accuracy_before(record: dict) -> float:
-    return record["test_before_retraining"]["accuracy"]
+def accuracies(records: list[dict], when: str = "test") -> list[float]:
+    """Test accuracies of runs at a point in time; runs that did not record it are left out."""
+    return [r[when]["accuracy"] for r in records if when in r]
 
 
 def mean_std(values: list[float]) -> str:
     """Mean and sample standard deviation, the latter only of two or more values."""
+    if not values:
+        return ""
     return f"{np.mean(values):.2f}" + ("" if len(values) < 2 else f" ± {np.std(values, ddof=1):.2f}")
 
 
 def table(folder: Path, paper: dict | None = None) -> str:
     """The runs of one folder as a Markdown table, beside the published figures where there are any."""
     lines = [
-        "| | pruned, masked layers (%) | pruned, network (%) | accuracy before retraining (%) | accuracy (%) "
-        "| memory, masked layers (MiB) | runs |",
-        "|---|---|---|---|---|---|---|",
+        "| | pruned, masked layers (%) | pruned, network (%) | accuracy before retraining (%) | after 1 epoch (%) "
+        "| accuracy (%) | memory, masked layers (MiB) | runs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
 
     def row(name: str, *cells: str) -> None:
@@ -68,7 +73,7 @@ def table(folder: Path, paper: dict | None = None) -> str:
         pruned = f"{point['pruned_percent']:.2f}"
         shares = (pruned, "") if paper["pruned_of"] == "masked_layers" else ("", pruned)
         memory = f"{point['memory_mib']:.3f}" if "memory_mib" in point else ""
-        row(f"paper: {name}", *shares, "", f"{point['accuracy']:.2f}", memory, "")
+        row(f"paper: {name}", *shares, "", "", f"{point['accuracy']:.2f}", memory, "")
 
     if paper:
         dense = {
@@ -83,15 +88,16 @@ def table(folder: Path, paper: dict | None = None) -> str:
             published(point["name"], point)
     dense = baselines(folder)
     if dense:
-        row("**dense**", "0", "0", "", mean_std([accuracy(r) for r in dense]), "", str(len(dense)))
+        row("**dense**", "0", "0", "", "", mean_std(accuracies(dense)), "", str(len(dense)))
     else:
-        row("**here**", "", "", "", "not run yet", "", "0")
+        row("**here**", "", "", "", "", "not run yet", "", "0")
     for (_, criterion), records in by_point(folder).items():
         cells = (
             f"{np.mean([r['pruned_percent_masked_layers'] for r in records]):.2f}",
             f"{np.mean([r['pruned_percent_network'] for r in records]):.2f}",
-            mean_std([accuracy_before(r) for r in records]),
-            mean_std([accuracy(r) for r in records]),
+            mean_std(accuracies(records, "test_before_retraining")),
+            mean_std(accuracies(records, "test_after_1_epoch")),
+            mean_std(accuracies(records)),
             f"{np.mean([r['memory_mib_masked_layers'] for r in records]):.3f}",
             str(len(records)),
         )
@@ -129,9 +135,9 @@ def figure(folder: Path, target: Path, title: str, paper: dict | None = None) ->
         np.mean([r[f"pruned_percent_{of}"] for (s, _), rs in points.items() if s == x for r in rs]) for x in shares
     ]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, value, name in zip(axes, (accuracy_before, accuracy), ("before", "after"), strict=True):
+    for axis, when, name in zip(axes, ("test_before_retraining", "test"), ("before", "after"), strict=True):
         for offset, criterion in enumerate(sorted({c for _, c in points})):
-            values = [[value(r) for r in points.get((share, criterion), [])] for share in shares]
+            values = [accuracies(points.get((share, criterion), []), when) for share in shares]
             x = np.arange(len(shares)) + 0.06 * (offset - 1)
             mean = [np.mean(v) if v else np.nan for v in values]
             std = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
@@ -142,7 +148,7 @@ def figure(folder: Path, target: Path, title: str, paper: dict | None = None) ->
             ylabel="test accuracy (%)",
         )
         axis.set_xticks(np.arange(len(shares)), [f"{percent:.4g}" for percent in pruned])
-    dense = [accuracy(r) for r in baselines(folder)]
+    dense = accuracies(baselines(folder))
     if dense:
         axes[1].axhline(np.mean(dense), color="black", lw=1, ls="--", label="dense")
     for k, point in enumerate(paper["mint"] if paper else []):

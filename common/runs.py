@@ -38,7 +38,8 @@ def train(
     select : what chooses the epoch that is kept: "val", "last" (nothing: the last epoch) or "test"
     record : what is known of the run before it starts
     resume : go on where an interrupted run of the same arguments was
-    held : masks that are kept at zero; their measures and the accuracy before training are recorded
+    held : masks that are kept at zero; their measures, and the accuracy before training and after one epoch, are
+        recorded
 
     Returns
     -------
@@ -59,9 +60,10 @@ def train(
         record["processes"] = parallel.size()
     state_file = best.with_suffix(".state")
     key = json.dumps({k: record.get(k) for k in ("arguments", "inputs", "seed", "processes")}, sort_keys=True)
-    begun = (artifacts.load_state(state_file, key) if resume else None) or {"epochs": [], "seconds": 0.0, "fit": None}
+    begun = artifacts.load_state(state_file, key) if resume else None
+    begun = begun or {"epochs": [], "seconds": 0.0, "first": None, "fit": None}
     parallel.barrier()
-    epochs, start = begun["epochs"], start - begun["seconds"]
+    epochs, first, start = begun["epochs"], begun["first"], start - begun["seconds"]
     next_save = 0.0
 
     def checkpoint(state: dict, figures: dict) -> bytes:
@@ -69,6 +71,9 @@ def train(
         return artifacts.checkpoint_bytes({"state_dict": state, "epoch": figures["epoch"], **trained_on(data), **extra})
 
     def keep(figures: dict, state: dict, status: str = "running", **measured) -> dict:
+        nonlocal first
+        if held and figures["epoch"] == 1:
+            first = state  # the first epoch is always the best so far
         seconds = round(time.perf_counter() - start, 1)
         written = {**record, "status": status, "best": figures, **measured, "wall_seconds": seconds}
         artifacts.save({best: checkpoint(state, figures)}, written)
@@ -83,7 +88,8 @@ def train(
         nonlocal next_save
         began = time.perf_counter()
         if began >= next_save:
-            artifacts.save_state(state_file, {"key": key, "epochs": epochs, "seconds": began - start, "fit": state()})
+            so_far = {"key": key, "epochs": epochs, "seconds": began - start, "first": first, "fit": state()}
+            artifacts.save_state(state_file, so_far)
             next_save = time.perf_counter() + 20 * (time.perf_counter() - began)
 
     try:
@@ -113,9 +119,9 @@ def train(
             {final: checkpoint(network.state_dict(), last)},
             {**record, "status": "complete", "last": last, "test": asdict(evaluate(network, data.test))},
         )
-    if held:
-        network.load_state_dict(before)
-        measured["test_before_retraining"] = asdict(evaluate(network, data.test))
+    for name, early in (("test_before_retraining", before), ("test_after_1_epoch", first)) if held else ():
+        network.load_state_dict(early)
+        measured[name] = asdict(evaluate(network, data.test))
     network.load_state_dict(state)
     measured["test"] = asdict(evaluate(network, data.test))
     if held:
@@ -137,6 +143,7 @@ def show(record: dict) -> None:
         f"pruned {record['pruned_percent_masked_layers']:.2f} % of the masked layers "
         f"(asked: {record['requested_percent']:.2f} %), {record['pruned_percent_network']:.2f} % of all weights; "
         f"test accuracy {record['test_before_retraining']['accuracy']:.2f} % before retraining, "
+        f"{record['test_after_1_epoch']['accuracy']:.2f} % after 1 epoch, "
         f"{record['test']['accuracy']:.2f} % after (epoch {record['best']['epoch']} by {record['epoch_chosen_by']}); "
         f"memory {record['memory_mib_masked_layers']:.3f} MiB (masked layers), "
         f"{record['memory_mib_network']:.3f} MiB (network)"

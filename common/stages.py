@@ -138,7 +138,16 @@ def retrain(doc: str, model: ModuleType) -> None:
     for rerun in range(args.Expt_rerun):
         seed = args.Seed + rerun
         network.load_state_dict(checkpoint["state_dict"])
-        pruned = masks.choose(args.Criterion, network, blocks, share, args.upper_prune_limit, scores=scores, seed=seed)
+        pruned = masks.choose(
+            args.Criterion,
+            network,
+            blocks,
+            share,
+            args.upper_prune_limit,
+            scores=scores,
+            even=args.Even,
+            seed=seed,
+        )
         held = masks.build(pruned, blocks, network)
         parallel.check_same(held)
         masks.holder(network, held)()

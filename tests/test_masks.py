@@ -64,9 +64,56 @@ def test_share_beyond_the_caps_is_refused(rng):
         masks.select(*random_layers(rng), 0.9, [0.5, 0.5, 0.5])
 
 
-def test_nan_is_refused():
+@pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.99, 1])
+@pytest.mark.parametrize("shape", [(20, 50), (1, 9), (7, 3)])
+def test_even_selection_reaches_the_share_within_a_block(rng, share, shape):
+    weights = rng.integers(1, 20, shape)
+    pruned = masks.select_evenly(rng.normal(size=shape), weights, share)
+    assert -1e-6 <= weights[pruned].sum() - share * weights.sum() < weights.max()
+
+
+def test_even_selection_covers_groups_before_it_repeats_them(rng):
+    """100 blocks of 20 x 50: each child group 5, each parent group 2; 10 blocks: different ones throughout."""
+    weights = np.full((20, 50), 6)
+    for count, per_child, per_parent in ((100, 5, 2), (10, 1, 1), (37, 2, 1)):
+        kept = ~masks.select_evenly(rng.normal(size=(20, 50)), weights, 1 - count / 1000)
+        assert kept.sum() == count
+        assert kept.sum(1).max() <= per_child
+        assert kept.sum(0).max() <= per_parent
+
+
+def test_even_selection_takes_the_highest_scores_it_may(rng):
+    """With parts that never bind it is the ordinary selection; the highest block is always kept."""
+    scores = np.arange(20.0)[None]
+    assert np.flatnonzero(~masks.select_evenly(scores, np.ones((1, 20)), 0.75)[0]).tolist() == [15, 16, 17, 18, 19]
+    scores = rng.normal(size=(8, 8))
+    assert not masks.select_evenly(scores, np.ones((8, 8)), 0.9).ravel()[scores.argmax()]
+
+
+@pytest.mark.parametrize("criterion", ["cmi", "random", "magnitude"])
+def test_even_choice_keeps_the_layers_shares(net, rng, criterion):
+    blocks = {
+        "conv.weight": masks.contiguous_blocks(net, "conv.weight", 6, 10),
+        "final.weight": masks.contiguous_blocks(net, "final.weight", 10, 4),
+    }
+    scores = {key: rng.random(b.weights.shape) for key, b in blocks.items()}
+    plain, even = (
+        masks.choose(criterion, net, blocks, 0.6, [0.9, 0.9], scores=scores, even=even) for even in (False, True)
+    )
+    for key, block in blocks.items():
+        assert block.weights[even[key]].sum() == pytest.approx(block.weights[plain[key]].sum(), abs=9)
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda scores, weights: masks.select([scores], [weights], 0.5, [1]),
+        lambda scores, weights: masks.select_evenly(scores, weights, 0.5),
+    ],
+)
+def test_nan_is_refused(choose):
     with pytest.raises(InputError, match="NaN"):
-        masks.select([np.array([[np.nan]])], [np.ones((1, 1), int)], 0.5, [1])
+        choose(np.array([[np.nan]]), np.ones((1, 1), int))
 
 
 class Net(nn.Module):
