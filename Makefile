@@ -18,7 +18,7 @@ bench: .venv/ready
 	for name in training speed accuracy ranking real_layer; do $(BIN)/python benchmarks/$$name.py || exit; done
 
 experiments: .venv/ready
-	PYTHON=$(BIN)/python experiments/mnist.sh
+	PYTHON=$(BIN)/python JOBS=$(shell nproc) experiments/mnist.sh
 
 tables: .venv/ready
 	$(BIN)/python -m common.report

@@ -1,9 +1,12 @@
 """Paired activations of chosen layers: what a layer reads and what it returns, for the same images."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from common.data import FileSplit, Split
+
+RELEVANCE_BATCH = 100  # images; gradients need the maps of all layers at once
 
 
 def pool(features: Tensor) -> Tensor:
@@ -47,3 +50,44 @@ def paired(
         for handle in handles:
             handle.remove()
     return {key: (torch.cat(inputs), torch.cat(outputs)) for key, (inputs, outputs) in seen.items()}
+
+
+def relevance(network: nn.Module, keys: list[str], split: Split | FileSplit, seed: int = 0) -> dict[str, np.ndarray]:
+    """How much the network's outputs move with each unit of some layers: by key, a float64 array (outputs,).
+
+    The variance of a unit over the images times the mean squared slope of the network's outputs in it, summed over
+    outputs: to first order the variance of the outputs that goes through the unit. One backward pass of a random
+    combination of the outputs (Hutchinson, 1990) gives all slopes; maps count as their means.
+
+    Parameters
+    ----------
+    network : any module
+    keys : names of the layers' weights in the state_dict
+    split : the images
+    seed : of the random combinations
+    """
+    network.eval()
+    outputs: dict[str, Tensor] = {}
+    handles = [
+        network.get_submodule(key.removesuffix(".weight")).register_forward_hook(
+            lambda _m, _i, output, key=key: outputs.update({key: output})
+        )
+        for key in keys
+    ]
+    random = torch.Generator().manual_seed(seed)
+    slopes, values = ({key: [] for key in keys} for _ in range(2))
+    try:
+        for images, _ in split.batches(RELEVANCE_BATCH):
+            logits = network(images)
+            combination = (logits * torch.randn(logits.shape, generator=random).to(logits.device)).sum()
+            gradients = torch.autograd.grad(combination, [outputs[key] for key in keys])
+            for key, gradient in zip(keys, gradients, strict=True):
+                slopes[key].append(gradient.flatten(2).sum(2).cpu() if gradient.ndim > 2 else gradient.cpu())
+                values[key].append(pool(outputs[key].detach()).cpu())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        key: (torch.cat(slopes[key]).double().square().mean(0) * torch.cat(values[key]).double().var(0)).numpy()
+        for key in keys
+    }

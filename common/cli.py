@@ -125,7 +125,11 @@ FLAGS = {
     "Prune_of_network": _flag(
         "3", None, "pruned shares are of all weights, not of the masked layers'", action="store_true"
     ),
-    "Criterion": _flag("3", ("cmi", "random", "magnitude"), "what ranks the blocks", "cmi"),
+    "Criterion": _flag(
+        "3", ("cmi", "cmi-magnitude", "random", "magnitude"), "what ranks the blocks; see the README", "cmi"
+    ),
+    "Refit": _flag("3", None, "refit the kept weights by least squares before retraining", action="store_true"),
+    "Samples_per_class": _flag("3", COUNT, "training images of each class to refit with, and for relevance"),
     "Even": _flag("3", None, "spread the kept blocks evenly over child and parent groups", action="store_true"),
     "model": _flag("2", None, "the network of this folder"),
     "dataset": _flag("2", DATASETS, "data set"),
@@ -139,6 +143,9 @@ FLAGS = {
     "device_ids": _flag("2", INDEX, GPU, 0),
     "classes": _flag("2", None, CLASSES, **MANY),
     "estimator": _flag("2", tuple(ESTIMATORS), "estimator of the conditional mutual information", "kde"),
+    "given": _flag(
+        "2", ("rest", "kept"), "gaussian: information given all other parents, or given those chosen before (rest)"
+    ),
     "width": _flag("2", POSITIVE, f"kde: kernel width in square roots of the number of parent units ({kde.WIDTH})"),
     "precision": _flag("2", tuple(kde.PRECISIONS), "kde: arithmetic of the scores (single)"),
     "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (cpu)"),
@@ -293,14 +300,16 @@ def scoring_options(args: argparse.Namespace) -> dict:
     """The options of `scoring.score` that the flags ask for."""
     options = {"estimator": args.estimator, "n_jobs": args.cores, "seed": args.seed}
     options |= {"split_half": args.split_half, "bootstrap": args.bootstrap or 0, "null": args.null or 0}
-    given = {flag: getattr(args, flag) for flag in ("width", "precision", "device") if getattr(args, flag) is not None}
-    if args.estimator != "kde" and given:
-        raise InputError(f"--{next(iter(given))} belongs to --estimator kde, not to {args.estimator}")
+    owner = {"width": "kde", "precision": "kde", "device": "kde", "given": "gaussian"}
+    given = {flag: getattr(args, flag) for flag in owner if getattr(args, flag) is not None}
+    for flag in given:
+        if args.estimator != owner[flag]:
+            raise InputError(f"--{flag} belongs to --estimator {owner[flag]}, not to {args.estimator}")
     if args.device == "cuda":
         if not torch.cuda.is_available():
             raise InputError("--device cuda: this machine has no CUDA GPU")
         given["device"] = f"cuda:{args.device_ids}"
-    return {"precision": "single", **options, **given} if args.estimator == "kde" else options
+    return {**({"precision": "single"} if args.estimator == "kde" else {}), **options, **given}
 
 
 def blocks_and_scores(
@@ -323,7 +332,7 @@ def score_families(args: argparse.Namespace) -> list[Path]:
     """The families of score and label files that stage 3 reads; none for the controls unless they are named."""
     mask = args.Retrain_mask
     if mask is None:
-        if args.Criterion != "cmi":
+        if not args.Criterion.startswith("cmi"):
             return []
         mask = args.Retrain.with_name("I_parent_cmi.npy")
     if not (mask.name.startswith("I_parent_") and mask.name.endswith(".npy")):

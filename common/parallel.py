@@ -48,12 +48,16 @@ def share(rows: Tensor) -> Tensor:
     return torch.tensor_split(rows, size())[rank()]
 
 
+def added(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def total(*values: Tensor) -> list[float]:
     """The sums of scalars over all processes."""
-    stacked = torch.stack([value.double() for value in values])
-    if size() > 1:
-        dist.all_reduce(stacked)
-    return stacked.tolist()
+    return added(torch.stack([value.double() for value in values])).tolist()
 
 
 def prepare(network: nn.Module) -> nn.Module:

@@ -35,7 +35,7 @@ def baselines(folder: Path) -> list[dict]:
 def rule(record: dict) -> str:
     """What chose the mask of a pruned run, in words."""
     arguments = record["arguments"]
-    return arguments["Criterion"] + (", even" if arguments.get("Even") else "")
+    return arguments["Criterion"] + "".join(f", {name.lower()}" for name in ("Even", "Refit") if arguments.get(name))
 
 
 def by_point(folder: Path) -> dict[tuple[float, str], list[dict]]:

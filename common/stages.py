@@ -11,6 +11,7 @@ PRETRAINED            optional: name of torchvision's weights
 """
 
 import argparse
+import copy
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from urllib.error import URLError
 import torch
 from torch import nn
 
-from common import activations, artifacts, cli, masks, parallel, runs, scoring
+from common import activations, artifacts, cli, masks, parallel, refit, runs, scoring
 from common.data import Data, load, sample_per_class
 from common.datasets import torchvision
 from common.errors import InputError, reason
@@ -122,6 +123,7 @@ def retrain(doc: str, model: ModuleType) -> None:
         Model=model.NAME,
         Retrain=f"{model.NAME}/baseline/0/logits_best.pkl",
         Save_dir=f"{model.NAME}/pruned",
+        Samples_per_class=model.SAMPLES_PER_CLASS,
     )
     share = cli.pruned_share(args)
     cli.resolve_pairs(args, model.PAIRS, model.GROUPS, model.LIMITS)
@@ -135,6 +137,10 @@ def retrain(doc: str, model: ModuleType) -> None:
     cli.check_data(args, data, checkpoint)
     inputs = artifacts.checksums(args.Retrain, *score_files)
     network = _placed(network, device)
+    weighted, sample = args.Criterion == "cmi-magnitude", None
+    if args.Refit or weighted:
+        sample = data.train[sample_per_class(data.train.labels, args.Samples_per_class, args.Seed)]
+    relevance = activations.relevance(network, list(blocks), sample) if weighted else None
     for rerun in range(args.Expt_rerun):
         seed = args.Seed + rerun
         network.load_state_dict(checkpoint["state_dict"])
@@ -145,17 +151,21 @@ def retrain(doc: str, model: ModuleType) -> None:
             share,
             args.upper_prune_limit,
             scores=scores,
+            relevance=relevance,
             even=args.Even,
             seed=seed,
         )
         held = masks.build(pruned, blocks, network)
         parallel.check_same(held)
+        dense = copy.deepcopy(network) if args.Refit else None
         masks.holder(network, held)()
         percent = masks.percent_zero([network.get_parameter(key) for key in held])
         best = args.Save_dir / str(rerun) / f"logits_{percent:.2f}.pkl"
         record = {"stage": 3, "arguments": cli.recorded(args), "inputs": inputs, "requested_percent": 100 * share}
         if artifacts.is_complete(best, record):
             continue
+        if args.Refit:
+            refit.refit(network, dense, held, sample)
         record = runs.train(
             network,
             data,

@@ -370,3 +370,65 @@ def test_one_parent_group_is_plain_mutual_information(data):
     children, parents, *_ = data
     alone = layer_cmi(children, parents, np.zeros(children.shape[1], int), np.full(parents.shape[1], 7))
     assert alone[0, 0] == pytest.approx(cmi(children, parents), abs=1e-12)
+
+
+class TestForwardSelection:
+    """--given kept: I(C_j; P_i | the parents chosen before P_i)."""
+
+    @pytest.fixture
+    def layer(self, rng):
+        parents = rng.normal(size=(4000, 12)) @ rng.normal(size=(12, 12))
+        children = parents @ rng.normal(size=(12, 6)) * (rng.random(6) < 0.9) + 3 * rng.normal(size=(4000, 6))
+        return children, parents, np.repeat([0, 1, 2], 2), np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 4, 4])
+
+    def test_literally(self, layer):
+        """The same order and the same values as one closed-form CMI per candidate and step."""
+        children, parents, child_groups, parent_groups = layer
+        found = layer_cmi(*layer, estimator="gaussian", given="kept", shrinkage=1e-6)
+
+        def information(x, y, z):
+            def log_det(*parts):
+                units = np.hstack(parts)
+                return np.linalg.slogdet(np.atleast_2d(np.corrcoef(units.T)))[1] if units.shape[1] else 0.0
+
+            return (log_det(x, z) + log_det(y, z) - log_det(z) - log_det(x, y, z)) / 2
+
+        for j in range(3):
+            child, chosen, lowest = children[:, child_groups == j], [], np.inf
+            for _ in range(5):
+                known = parents[:, np.isin(parent_groups, chosen)]
+                gains = {
+                    i: information(child, parents[:, parent_groups == i], known) for i in range(5) if i not in chosen
+                }
+                best = max(gains, key=gains.get)
+                lowest = min(lowest, gains[best])
+                assert found[j, best] == pytest.approx(lowest, abs=1e-4)
+                chosen.append(best)
+
+    def test_of_two_that_know_the_same_one_is_kept(self, rng):
+        """Given all others either twin is worth nothing; chosen one by one, exactly one of them is."""
+        parents = rng.normal(size=(3000, 5))
+        parents[:, 1] = parents[:, 0] + 1e-3 * rng.normal(size=3000)
+        children = parents[:, :1] + rng.normal(size=(3000, 1))
+        groups = np.zeros(1, int), np.arange(5)
+        rest, kept = (layer_cmi(children, parents, *groups, estimator="gaussian", given=g) for g in ("rest", "kept"))
+        assert np.abs(rest[0, :2]).max() < 0.01
+        assert kept[0, :2].max() == pytest.approx(np.log(2) / 2, abs=0.05)
+        assert kept[0, :2].min() < 0.01
+
+    def test_sums_to_the_mutual_information_where_gains_only_fall(self, rng):
+        parents = rng.normal(size=(5000, 6))
+        children = parents @ np.diag([1, 0.8, 0.6, 0.4, 0.2, 0.1])[:, :1] + rng.normal(size=(5000, 1))
+        children = children + parents @ np.array([[0], [0.8], [0.6], [0.4], [0.2], [0.1]])
+        groups = np.zeros(1, int), np.arange(6)
+        found = layer_cmi(children, parents, *groups, estimator="gaussian", given="kept", shrinkage=1e-6)
+        whole = layer_cmi(children, parents, np.zeros(1, int), np.zeros(6, int), estimator="gaussian", shrinkage=1e-6)
+        assert found.sum() == pytest.approx(whole[0, 0], abs=2e-3)
+
+    def test_any_number_of_workers_and_dead_units(self, layer):
+        children, parents, *groups = layer
+        parents[:, [3, 4, 9]] = 7
+        one, two = (layer_cmi(children, parents, *groups, estimator="gaussian", given="kept", n_jobs=n) for n in (1, 2))
+        assert np.array_equal(one, two)
+        assert (one[:, [1, 3]] == 0).all()
+        assert (one[:, 0] > 0).any()

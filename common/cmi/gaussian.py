@@ -14,17 +14,22 @@ from scipy.linalg import cholesky, solve_triangular
 from scipy.special import digamma
 from sklearn.covariance import ledoit_wolf_shrinkage
 
+from common.cmi import forward
 from common.cmi.inputs import Layer
 
 DEGENERATE = 1e-6  # variance, of units of variance 1, below which a direction is taken as a function of the others
 
 
-def scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0, shrinkage: float | None = None) -> np.ndarray:
+def scores(
+    layer: Layer, *, n_jobs: int = 1, seed: int = 0, shrinkage: float | None = None, given: str = "rest"
+) -> np.ndarray:
     """Gaussian scores of all pairs; see `common.cmi.layer_cmi` for their meaning.
 
     Parameters
     ----------
-    n_jobs, seed : not used
+    n_jobs : parallel workers, of which only `given` = "kept" has any use
+    seed : not used
+    given : "rest" conditions on all other parents; "kept" on those chosen before, one by one: see `common.cmi.forward`
     shrinkage : share of the identity in the covariance, above 0 and at most 1. By default there is none, and the bias
         is corrected exactly, where that is possible: twice as many rows as units of a pair and no unit a function of
         others. Elsewhere it is the coefficient of Ledoit and Wolf, without correction.
@@ -43,13 +48,13 @@ def scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0, shrinkage: float | N
     constant = np.flatnonzero(np.diag(covariance) == 0)
     covariance[constant, constant] = 1  # independent of everything
     units = layer.parent_units.sum() + layer.child_units.max()
-    if shrinkage is None and layer.n > 2 * units and not _is_degenerate(covariance, layer):
+    if given == "rest" and shrinkage is None and layer.n > 2 * units and not _is_degenerate(covariance, layer):
         return _half_log_dets(covariance, layer) - _bias(layer)
     if shrinkage is None:
         shrinkage = max(ledoit_wolf_shrinkage(data, assume_centered=True), DEGENERATE)
     covariance *= 1 - shrinkage
     covariance[np.diag_indices_from(covariance)] += shrinkage
-    return _half_log_dets(covariance, layer)
+    return _half_log_dets(covariance, layer) if given == "rest" else forward.scores(layer, covariance, n_jobs)
 
 
 def regress(covariance: np.ndarray, n_parents: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
