@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common import parallel
 from common.data import FileSplit, Split
 
 RELEVANCE_BATCH = 100  # images; gradients need the maps of all layers at once
@@ -75,19 +76,20 @@ def relevance(network: nn.Module, keys: list[str], split: Split | FileSplit, see
         for key in keys
     ]
     random = torch.Generator().manual_seed(seed)
-    slopes, values = ({key: [] for key in keys} for _ in range(2))
+    sums, count = dict.fromkeys(keys, 0), 0  # of squared slopes, values and squared values
     try:
         for images, _ in split.batches(RELEVANCE_BATCH):
             logits = network(images)
             combination = (logits * torch.randn(logits.shape, generator=random).to(logits.device)).sum()
             gradients = torch.autograd.grad(combination, [outputs[key] for key in keys])
             for key, gradient in zip(keys, gradients, strict=True):
-                slopes[key].append(gradient.flatten(2).sum(2).cpu() if gradient.ndim > 2 else gradient.cpu())
-                values[key].append(pool(outputs[key].detach()).cpu())
+                slope = gradient.flatten(2).sum(2) if gradient.ndim > 2 else gradient
+                value = pool(outputs[key].detach()).double()
+                sums[key] = sums[key] + torch.stack([slope.double() ** 2, value, value**2]).sum(1)
+            count += len(images)
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        key: (torch.cat(slopes[key]).double().square().mean(0) * torch.cat(values[key]).double().var(0)).numpy()
-        for key in keys
-    }
+    (count,) = parallel.total(torch.tensor(count, device=logits.device))
+    means = {key: parallel.added(value).cpu().numpy() / count for key, value in sums.items()}
+    return {key: slope * np.maximum(square - value**2, 0) for key, (slope, value, square) in means.items()}

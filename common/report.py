@@ -18,7 +18,13 @@ from common import artifacts
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {"cmi": "tab:blue", "magnitude": "tab:orange", "random": "tab:gray"}
+COLOURS = {
+    "cmi": "tab:blue",
+    "cmi (forward)": "tab:cyan",
+    "cmi-magnitude": "tab:green",
+    "magnitude": "tab:orange",
+    "random": "tab:gray",
+}
 
 
 def runs(folder: Path, stage: int) -> list[dict]:
@@ -33,9 +39,12 @@ def baselines(folder: Path) -> list[dict]:
 
 
 def rule(record: dict) -> str:
-    """What chose the mask of a pruned run, in words."""
+    """What chose the mask of a pruned run, in words: the criterion, the scores unless of stage 2's default name, more."""
     arguments = record["arguments"]
-    return arguments["Criterion"] + "".join(f", {name.lower()}" for name in ("Even", "Refit") if arguments.get(name))
+    scores = Path(arguments.get("Retrain_mask") or "").stem.removeprefix("I_parent_")
+    criterion = arguments["Criterion"]
+    named = f" ({scores})" if criterion.startswith("cmi") and scores not in ("", "cmi") else ""
+    return criterion + named + "".join(f", {name.lower()}" for name in ("Even", "Refit") if arguments.get(name))
 
 
 def by_point(folder: Path) -> dict[tuple[float, str], list[dict]]:
@@ -135,15 +144,17 @@ def figure(folder: Path, target: Path, title: str, paper: dict | None = None) ->
         np.mean([r[f"pruned_percent_{of}"] for (s, _), rs in points.items() if s == x for r in rs]) for x in shares
     ]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, when, name in zip(axes, ("test_before_retraining", "test"), ("before", "after"), strict=True):
-        for offset, criterion in enumerate(sorted({c for _, c in points})):
-            values = [accuracies(points.get((share, criterion), []), when) for share in shares]
+    for axis, when, moment in zip(axes, ("test_before_retraining", "test"), ("before", "after"), strict=True):
+        for offset, name in enumerate(sorted({rule for _, rule in points})):
+            values = [accuracies(points.get((share, name), []), when) for share in shares]
             x = np.arange(len(shares)) + 0.06 * (offset - 1)
             mean = [np.mean(v) if v else np.nan for v in values]
             std = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
-            axis.errorbar(x, mean, std, marker="o", capsize=3, label=criterion, color=COLOURS.get(criterion))
+            criterion, *more = name.split(", ")
+            style = {"color": COLOURS.get(criterion), "ls": "-" if more else "--"}
+            axis.errorbar(x, mean, std, marker="o", capsize=3, label=name, **style)
         axis.set(
-            title=f"{name} retraining",
+            title=f"{moment} retraining",
             xlabel=f"pruned weights of the {of.replace('_', ' ')} (%)",
             ylabel="test accuracy (%)",
         )
