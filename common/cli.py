@@ -320,7 +320,7 @@ def blocks_and_scores(
     blocks, scores, files = {}, {}, []
     asked = zip(args.parent_key, args.children_key, args.parent_clusters, args.children_clusters, strict=True)
     for parent, child, *groups in asked:
-        blocks[child] = contiguous_blocks(network, child, *groups, last=child == pairs[-1][1])
+        blocks[child] = contiguous_blocks(network, child, *groups)
         if families:
             remedy = f"run pruning_1b.py --key_id {pairs.index((parent, child))} with the same groups first"
             files += [artifacts.of_pair(family, parent, child) for family in families]

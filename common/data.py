@@ -196,7 +196,7 @@ def shift_and_mirror(images: Tensor, down: Tensor, right: Tensor, mirrored: Tens
     return padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
-def sample_per_class(labels: Tensor, count: int, seed: int) -> Tensor:
+def sample_per_class(labels: Tensor, count: int, seed: int, flag: str = "samples_per_class") -> Tensor:
     """Indices of `count` rows of every class that occurs, drawn without replacement.
 
     Parameters
@@ -204,6 +204,7 @@ def sample_per_class(labels: Tensor, count: int, seed: int) -> Tensor:
     labels : (n,) integer tensor
     count : rows per class
     seed : the same seed draws the same rows
+    flag : what asked for it, for error messages
 
     Returns
     -------
@@ -219,8 +220,8 @@ def sample_per_class(labels: Tensor, count: int, seed: int) -> Tensor:
     classes, sizes = np.unique(values, return_counts=True)
     if count > sizes.min():
         raise InputError(
-            f"--samples_per_class {count}: class {classes[sizes.argmin()]} of the training split has {sizes.min()} "
-            f"images; legal: 1 to {sizes.min()}"
+            f"--{flag} {count}: class {classes[sizes.argmin()]} of the training split has {sizes.min()} images; "
+            f"legal: 1 to {sizes.min()}"
         )
     rows = [rng.choice(np.flatnonzero(values == c), count, replace=False) for c in classes]
     return torch.from_numpy(rng.permutation(np.concatenate(rows)))

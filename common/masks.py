@@ -50,11 +50,12 @@ class Blocks:
         return sums / self.weights
 
 
-def contiguous_blocks(network: nn.Module, key: str, parents: int, children: int, *, last: bool = False) -> Blocks:
+def contiguous_blocks(network: nn.Module, key: str, parents: int, children: int) -> Blocks:
     """Blocks of a layer's weight with so many groups of inputs and of outputs; the last layer's outputs stay single."""
     weight = network.get_parameter(key)
     outputs, inputs = weight.shape[:2]
-    children = outputs if last else children
+    last = [name for name, parameter in network.named_parameters() if parameter.ndim > 1][-1]
+    children = outputs if key == last else children
     for flag, groups, units in (("parent_clusters", parents, inputs), ("children_clusters", children, outputs)):
         if groups > units:
             raise InputError(f"--{flag} {groups}: {key} has {units} of these units; legal: 1 to {units}")

@@ -39,7 +39,7 @@ def baselines(folder: Path) -> list[dict]:
 
 
 def rule(record: dict) -> str:
-    """What chose the mask of a pruned run, in words: the criterion, the scores unless of stage 2's default name, more."""
+    """What chose the mask of a pruned run, in words; scores are named unless they have stage 2's default name."""
     arguments = record["arguments"]
     scores = Path(arguments.get("Retrain_mask") or "").stem.removeprefix("I_parent_")
     criterion = arguments["Criterion"]

@@ -86,7 +86,7 @@ def score(doc: str, model: ModuleType) -> None:
     for key_id, (parent, child), *groups in zip(
         key_ids, pairs, args.parent_clusters, args.children_clusters, strict=True
     ):
-        blocks = masks.contiguous_blocks(network, child, *groups, last=child == model.PAIRS[-1][1])
+        blocks = masks.contiguous_blocks(network, child, *groups)
         families = artifacts.score_families(args.weights_dir, args.name_postfix)
         files = [artifacts.of_pair(family, parent, child) for family in families]
         of_pair = {"key_id": key_id, "parent_clusters": groups[:1], "children_clusters": groups[1:]}
@@ -139,7 +139,8 @@ def retrain(doc: str, model: ModuleType) -> None:
     network = _placed(network, device)
     weighted, sample = args.Criterion == "cmi-magnitude", None
     if args.Refit or weighted:
-        sample = data.train[sample_per_class(data.train.labels, args.Samples_per_class, args.Seed)]
+        rows = sample_per_class(data.train.labels, args.Samples_per_class, args.Seed, "Samples_per_class")
+        sample = data.train[rows]
     relevance = activations.relevance(network, list(blocks), sample) if weighted else None
     for rerun in range(args.Expt_rerun):
         seed = args.Seed + rerun

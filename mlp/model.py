@@ -3,10 +3,11 @@
 from torch import Tensor, nn
 
 NAME = "mlp"
-PAIRS = [
+PAIRS = [  # (parent, child); key_id k of stage 2 is PAIRS[k]
     ("fc1.weight", "fc2.weight"),
     ("fc2.weight", "final.weight"),
-]  # (parent, child); key_id k of stage 2 is PAIRS[k]
+    ("input", "fc1.weight"),  # the pixels; not in the paper
+]
 
 # What follows is the paper's, and each a default of a flag; images are in [0, 1].
 TRAINING = {
@@ -23,7 +24,11 @@ TRAINING = {
     "Val_size": 3000,  # ours: the paper chooses the epoch on the test set (--Select test)
 }
 SAMPLES_PER_CLASS = 650
-GROUPS = {child: (250, 100) for _, child in PAIRS}  # numbers of parent and of child groups, by child
+GROUPS = {  # numbers of parent and of child groups, by child; the last layer's children are the classes
+    "fc1.weight": (784, 100),
+    "fc2.weight": (250, 100),
+    "final.weight": (100, 10),
+}
 LIMITS = {"fc2.weight": 0.99}  # the layer that is pruned, and at most how much of it
 RETRAINING = {**TRAINING, "lower_prune_per": 0.902, "upper_prune_per": 0.982, "prune_per_step": 0.01}
 

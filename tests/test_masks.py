@@ -148,7 +148,7 @@ def net():
 def held(net, share=0.7, criterion="magnitude", **options):
     blocks = {
         "conv.weight": masks.contiguous_blocks(net, "conv.weight", 4, 3),
-        "final.weight": masks.contiguous_blocks(net, "final.weight", 5, 1, last=True),
+        "final.weight": masks.contiguous_blocks(net, "final.weight", 5, 1),
     }
     chosen = masks.choose(criterion, net, blocks, share, [1, 1], **options)
     return blocks, masks.build(chosen, blocks, net)

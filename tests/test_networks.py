@@ -62,7 +62,7 @@ def test_a_mask_block_is_the_contribution_of_an_input_group(built, rng):
     found = seen_by_layers(network, list(model.GROUPS), torch.rand(2, 3, SIDE[name], SIDE[name]))
     for child, groups in model.GROUPS.items():
         layer, (read, returned) = network.get_submodule(child.removesuffix(".weight")), found[child]
-        blocks = masks.contiguous_blocks(network, child, *groups, last=child == model.PAIRS[-1][1])
+        blocks = masks.contiguous_blocks(network, child, *groups)
         j, i = (rng.integers(max(labels) + 1) for labels in (blocks.child_groups, blocks.parent_groups))
         pruned = np.zeros(blocks.weights.shape, bool)
         pruned[j, i] = True

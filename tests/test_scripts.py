@@ -141,6 +141,30 @@ def test_stage_3_with_two_pairs_and_limits(base, tmp_path, call):
         assert record(path)["pruned_percent_masked_layers"] == pytest.approx(80, abs=0.1)
 
 
+@pytest.mark.parametrize("criterion", ["cmi", "cmi-magnitude", "magnitude", "random"])
+def test_even_and_refitted(base, tmp_path, call, criterion):
+    """The kept blocks cover the groups, and least squares beats chance before any retraining."""
+    call(*prune(base, tmp_path, "--Criterion", criterion, "--Prune_per", "0.96", "--Even", "--Refit",
+                "--Samples_per_class", "40"))  # fmt: skip
+    checkpoint = torch.load(tmp_path / "0" / "logits_96.00.pkl", weights_only=True)
+    blocks = checkpoint["masks"]["fc2.weight"][::10, ::10]
+    assert blocks.sum() == 60
+    assert blocks.sum(1).tolist() == [2] * 30
+    assert blocks.sum(0).max() <= 2
+    assert (checkpoint["state_dict"]["fc2.weight"][~checkpoint["masks"]["fc2.weight"]] == 0).all()
+    assert record(tmp_path / "0" / "logits_96.00.pkl")["test_before_retraining"]["accuracy"] > 30
+
+
+def test_scores_given_what_is_kept(base, tmp_path, call):
+    for suffix in ("pkl", "json"):
+        (tmp_path / f"logits_best.{suffix}").write_bytes((base / "0" / f"logits_best.{suffix}").read_bytes())
+    call(STAGE2, *SCORE, "--weights_dir", tmp_path, "--key_id", 0, "--estimator", "gaussian", "--given", "kept")
+    scores = np.load(tmp_path / "I_parent_cmi_fc1.weight_fc2.weight.npy")
+    assert scores.shape == (30, 50)
+    assert (scores >= 0).all()
+    assert (np.sort(scores)[:, -5:] > 0.01).all()
+
+
 def test_shares_of_the_network(base, tmp_path, call):
     """All weights count, not the masked layer's alone."""
     call(*prune(base, tmp_path, "--Criterion", "magnitude", "--Prune_per", "0.2", "--Prune_of_network"))
@@ -238,7 +262,7 @@ BAD = [
     (STAGE1, "--Epochs 3", "unrecognized arguments: --Epochs 3"),
     (STAGE1, "--Model vgg16", "argument --Model: invalid choice: 'vgg16'"),
     (STAGE2, "--weights_dir {base}/0", "the following arguments are required: --key_id"),
-    (STAGE2, "--weights_dir {base}/0 --key_id 2", "--key_id 2 is out of range; legal: 0: fc1.weight fc2.weight, 1"),
+    (STAGE2, "--weights_dir {base}/0 --key_id 3", "--key_id 3 is out of range; legal: 0: fc1.weight fc2.weight, 1"),
     (STAGE2, "--weights_dir {base}/0 --key_id -1", "argument --key_id: -1 is not a whole number at least 0"),
     (STAGE2, "--weights_dir {out} --key_id 0", "logits_best.pkl does not exist; run train_stage1.py first"),
     (STAGE2, "--weights_dir {base}/0 --key_id 0 --dataset MNIST --data_dir {out} --name_postfix x", "no usable files"),
@@ -248,6 +272,7 @@ BAD = [
     (STAGE2, "{score} --key_id 0 --name_postfix ../y", "argument --name_postfix: .../y. may hold"),
     (STAGE2, "{score} --key_id 0 --estimator gaussian --width 1", "--width belongs to --estimator kde, not to"),
     (STAGE2, "{score} --key_id 0 --bootstrap 1", "argument --bootstrap: 1 is not a whole number at least 2"),
+    (STAGE2, "{score} --key_id 0 --given kept", "--given belongs to --estimator gaussian, not to kde"),
     (STAGE2, "{score} --key_id 0 --estimator magic", "argument --estimator: invalid choice"),
     (STAGE3, "--Save_dir {out} --Retrain {base}/0/logits_best.pkl", "give either --key_id.*or --Prune_per"),
     (STAGE3, "{legal} --key_id 1", "give either --key_id.*or --Prune_per"),
@@ -263,6 +288,7 @@ BAD = [
     (STAGE3, "{legal} --Retrain_mask {base}/0/scores.npy", "must be I_parent_<postfix>.npy"),
     (STAGE3, "{legal} --Retrain_mask {base}/0/I_parent_new.npy", "does not exist; run pruning_1b.py --key_id 0"),
     (STAGE3, "{legal} --parent_clusters 40", "does not put 500 units into 40 groups; run pruning_1b.py"),
+    (STAGE3, "{legal} --Refit --Samples_per_class 200", "--Samples_per_class 200: class . of the training split"),
     (STAGE3, "{legal} --Save_dir {base}", "--Save_dir base holds the checkpoint that is pruned"),
     (STAGE3, "{legal} --Val_size 100", "--Val_size 100: the checkpoint was trained with 200"),
     (STAGE3, "{legal} --Retrain {base}/no.pkl", "no.pkl does not exist"),
