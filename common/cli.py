@@ -386,6 +386,7 @@ def device(index: int) -> torch.device:
     if index >= count:
         raise InputError(f"--Device_ids {index}: this machine has GPUs 0 to {count - 1}")
     torch.cuda.set_device(index)
+    torch.backends.cudnn.benchmark = True  # shapes stay the same; GPU runs are not bit for bit repeatable anyway
     return torch.device("cuda", index)
 
 

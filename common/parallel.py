@@ -16,7 +16,10 @@ def processes() -> Iterator[None]:
     if "LOCAL_RANK" not in os.environ:
         yield
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        dist.init_process_group("nccl", device_id=torch.device("cuda", local_gpu(0)))
+    else:
+        dist.init_process_group("gloo")
     try:
         yield
     finally:
