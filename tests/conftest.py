@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,24 @@ def shell(folder, script, *flags, code=0):
 def record(path):
     """The record beside a file."""
     return json.loads(path.with_suffix(".json").read_text())
+
+
+@pytest.fixture
+def call_in(monkeypatch, capsys):
+    """As `shell`, but in this process: the same, without the seconds it takes to import torch."""
+
+    def run(folder, script, *flags, code=0):
+        monkeypatch.chdir(ROOT / folder)
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+        monkeypatch.delitem(sys.modules, "model", raising=False)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        exit_code = 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as stop:
+            exit_code = stop.code or 0
+        output = "".join(capsys.readouterr())
+        assert exit_code == code, output
+        return output
+
+    return run

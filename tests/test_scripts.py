@@ -3,11 +3,11 @@
 import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import conftest
 import numpy as np
@@ -29,24 +29,8 @@ def shell(script, *flags, code=0):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a script in this process: the same, without the seconds it takes to import torch."""
-
-    def run(script, *flags, code=0):
-        monkeypatch.chdir(ROOT / "mlp")
-        monkeypatch.syspath_prepend(str(ROOT / "mlp"))
-        monkeypatch.delitem(sys.modules, "model", raising=False)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-        exit_code = 0
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as stop:
-            exit_code = stop.code or 0
-        output = "".join(capsys.readouterr())
-        assert exit_code == code, output
-        return output
-
-    return run
+def call(call_in):
+    return partial(call_in, "mlp")
 
 
 @pytest.fixture(scope="module")
