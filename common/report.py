@@ -143,11 +143,12 @@ def figure(folder: Path, target: Path, title: str, paper: dict | None = None) ->
     pruned = [
         np.mean([r[f"pruned_percent_{of}"] for (s, _), rs in points.items() if s == x for r in rs]) for x in shares
     ]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     for axis, when, moment in zip(axes, ("test_before_retraining", "test"), ("before", "after"), strict=True):
-        for offset, name in enumerate(sorted({rule for _, rule in points})):
+        names = sorted({rule for _, rule in points})
+        for k, name in enumerate(names):
             values = [accuracies(points.get((share, name), []), when) for share in shares]
-            x = np.arange(len(shares)) + 0.06 * (offset - 1)
+            x = np.arange(len(shares)) + 0.06 * (k - (len(names) - 1) / 2)
             mean = [np.mean(v) if v else np.nan for v in values]
             std = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
             criterion, *more = name.split(", ")
@@ -166,7 +167,7 @@ def figure(folder: Path, target: Path, title: str, paper: dict | None = None) ->
         x = np.interp(point["pruned_percent"], pruned, np.arange(len(shares)))
         label = None if k else "paper: MINT"
         axes[1].plot(x, point["accuracy"], "*", ms=13, color="tab:red", label=label, zorder=5)
-    axes[1].legend()
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(title)
     save_figure(figure, target)
 
