@@ -1,7 +1,7 @@
 #!/bin/sh
 # Experiment 1 on CIFAR-10, `experiments/cifar10.sh vgg16` or `resnet56`: networks, scored, pruned by three criteria to
 # several shares of all weights, retrained. Nothing is chosen: all 50,000 images train, the last epoch counts, the test
-# set is read once. Finished runs are skipped and killed ones go on, so the script can be stopped and started again.
+# set is read at the end. Finished runs are skipped and killed ones go on, so the script can be stopped and started again.
 # The paper's 300 epochs want a GPU: with EPOCHS fewer, learning rates fall in proportion earlier.
 set -eu
 network=$1

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Experiment 1 on MNIST: networks, scored, pruned to three shares by several rules, retrained. Nothing is chosen: all
-# 60,000 images train, the last epoch counts, the test set is read once. Finished runs are skipped and killed ones go on,
+# 60,000 images train, the last epoch counts, the test set is read at the end. Finished runs are skipped and killed ones go on,
 # so the script can be stopped and started again. A retraining takes about 80 seconds on one CPU core.
 set -eu
 cd "$(dirname "$0")/../mlp"
