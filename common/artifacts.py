@@ -199,7 +199,8 @@ def load_array(path: Path, record: Path, remedy: str) -> np.ndarray:
 def is_complete(path: Path, record: dict) -> bool:
     """Whether the run that writes this file is done already and the file is here.
 
-    A record without its file, as in a fresh clone, does not count: the run is made again.
+    A record without its file, as in a fresh clone, does not count: the run of the same arguments is made again, from
+    inputs that another machine or version may have made a little different.
 
     Parameters
     ----------
@@ -216,7 +217,7 @@ def is_complete(path: Path, record: dict) -> bool:
             raise InputError(f"{path} exists without a record; name another directory or remove it")
         return False
     there = read_json(record_of(path))
-    for part in ("arguments", "inputs"):
+    for part in ("arguments", "inputs") if path.is_file() else ("arguments",):
         before, now = (
             {k: v for k, v in r.get(part, {}).items() if v is not None and v is not False} for r in (there, record)
         )

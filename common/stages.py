@@ -125,6 +125,8 @@ def retrain(doc: str, model: ModuleType) -> None:
         Save_dir=f"{model.NAME}/pruned",
         Samples_per_class=model.SAMPLES_PER_CLASS,
     )
+    if not args.Refit and args.Criterion != "cmi-magnitude":
+        args.Samples_per_class = None  # no images are needed: not recorded
     share = cli.pruned_share(args)
     cli.resolve_pairs(args, model.PAIRS, model.GROUPS, model.LIMITS)
     cli.check_save_dir(args)
@@ -137,11 +139,11 @@ def retrain(doc: str, model: ModuleType) -> None:
     cli.check_data(args, data, checkpoint)
     inputs = artifacts.checksums(args.Retrain, *score_files)
     network = _placed(network, device)
-    weighted, sample = args.Criterion == "cmi-magnitude", None
-    if args.Refit or weighted:
+    sample = None
+    if args.Samples_per_class:
         rows = sample_per_class(data.train.labels, args.Samples_per_class, args.Seed, "Samples_per_class")
         sample = data.train[rows]
-    relevance = activations.relevance(network, list(blocks), sample) if weighted else None
+    relevance = activations.relevance(network, list(blocks), sample) if args.Criterion == "cmi-magnitude" else None
     for rerun in range(args.Expt_rerun):
         seed = args.Seed + rerun
         network.load_state_dict(checkpoint["state_dict"])

@@ -121,6 +121,7 @@ def test_a_record_without_its_file_is_no_finished_run(checkpoint):
     artifacts.write_json(artifacts.record_of(checkpoint), {"arguments": {"Lr": 0.1}, "status": "complete"})
     checkpoint.unlink()
     assert not artifacts.is_complete(checkpoint, {"arguments": {"Lr": 0.1}})
+    assert not artifacts.is_complete(checkpoint, {"arguments": {"Lr": 0.1}, "inputs": {"a.pkl": "22"}})
     with pytest.raises(InputError, match="--Lr"):
         artifacts.is_complete(checkpoint, {"arguments": {"Lr": 0.2}})
 

@@ -139,6 +139,14 @@ def test_even_and_refitted(base, tmp_path, call, criterion):
     assert record(tmp_path / "0" / "logits_96.00.pkl")["test_before_retraining"]["accuracy"] > 30
 
 
+def test_samples_are_recorded_where_they_count(base, tmp_path, call):
+    """So that runs made before the flag existed are recognised."""
+    flags = prune(base, tmp_path, "--Criterion", "magnitude", "--Prune_per", "0.9")
+    call(*flags, "--Samples_per_class", "40")
+    assert record(tmp_path / "0" / "logits_90.00.pkl")["arguments"]["Samples_per_class"] is None
+    assert "is complete already" in call(*flags)
+
+
 def test_scores_given_what_is_kept(base, tmp_path, call):
     for suffix in ("pkl", "json"):
         (tmp_path / f"logits_best.{suffix}").write_bytes((base / "0" / f"logits_best.{suffix}").read_bytes())
