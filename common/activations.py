@@ -1,5 +1,8 @@
 """Paired activations of chosen layers: what a layer reads and what it returns, for the same images."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,21 @@ RELEVANCE_BATCH = 100  # images; gradients need the maps of all layers at once
 def pool(features: Tensor) -> Tensor:
     """One value per channel: the mean over everything behind the channel axis; (b, c, ...) becomes (b, c)."""
     return features.flatten(2).mean(2) if features.ndim > 2 else features
+
+
+@contextlib.contextmanager
+def watched(network: nn.Module, keys: list[str], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Within it, `see` is called with (key, input, output) whenever one of these layers runs."""
+
+    def hook(key: str):
+        return lambda _module, inputs, output: see(key, inputs[0], output)
+
+    handles = [network.get_submodule(key.removesuffix(".weight")).register_forward_hook(hook(key)) for key in keys]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.inference_mode()
@@ -36,20 +54,13 @@ def paired(
     network.eval()
     seen = {key: ([], []) for key in keys}
 
-    def keep(key):
-        def hook(_module, inputs, output):
-            for values, features in zip(seen[key], (inputs[0], output), strict=True):
-                values.append(pool(features).float().cpu())
+    def keep(key: str, *features: Tensor) -> None:
+        for values, feature in zip(seen[key], features, strict=True):
+            values.append(pool(feature).float().cpu())
 
-        return hook
-
-    handles = [network.get_submodule(key.removesuffix(".weight")).register_forward_hook(keep(key)) for key in keys]
-    try:
+    with watched(network, keys, keep):
         for images, _ in split.batches(batch_size):
             network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {key: (torch.cat(inputs), torch.cat(outputs)) for key, (inputs, outputs) in seen.items()}
 
 
@@ -69,15 +80,9 @@ def relevance(network: nn.Module, keys: list[str], split: Split | FileSplit, see
     """
     network.eval()
     outputs: dict[str, Tensor] = {}
-    handles = [
-        network.get_submodule(key.removesuffix(".weight")).register_forward_hook(
-            lambda _m, _i, output, key=key: outputs.update({key: output})
-        )
-        for key in keys
-    ]
     random = torch.Generator().manual_seed(seed)
     sums, count = dict.fromkeys(keys, 0), 0  # of squared slopes, values and squared values
-    try:
+    with watched(network, keys, lambda key, _, output: outputs.update({key: output})):
         for images, _ in split.batches(RELEVANCE_BATCH):
             logits = network(images)
             combination = (logits * torch.randn(logits.shape, generator=random).to(logits.device)).sum()
@@ -87,9 +92,6 @@ def relevance(network: nn.Module, keys: list[str], split: Split | FileSplit, see
                 value = pool(outputs[key].detach()).double()
                 sums[key] = sums[key] + torch.stack([slope.double() ** 2, value, value**2]).sum(1)
             count += len(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     (count,) = parallel.total(torch.tensor(count, device=logits.device))
     means = {key: parallel.added(value).cpu().numpy() / count for key, value in sums.items()}
     return {key: slope * np.maximum(square - value**2, 0) for key, (slope, value, square) in means.items()}

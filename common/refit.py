@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import parallel
+from common.activations import watched
 from common.data import FileSplit, Split
 
 RIDGE = 1e-3  # of the inputs' mean square
@@ -34,8 +35,8 @@ def refit(network: nn.Module, dense: nn.Module, masks: dict[str, Tensor], split:
     network.eval()
     dense.eval()
     for key, mask in masks.items():
-        gram, cross = _moments(network, dense, key.removesuffix(".weight"), split)
-        _solve(network.get_submodule(key.removesuffix(".weight")), mask, gram, cross)
+        layer = network.get_submodule(key.removesuffix(".weight"))
+        _solve(layer, mask, *_moments(network, dense, key, layer, split))
     if any(isinstance(module, _BatchNorm) for module in network.modules()):
         reestimate(network, split)
 
@@ -58,24 +59,21 @@ def reestimate(network: nn.Module, split: Split | FileSplit) -> None:
     parallel.same_buffers(network)
 
 
-def _moments(network: nn.Module, dense: nn.Module, name: str, split: Split | FileSplit) -> tuple[Tensor, Tensor]:
+def _moments(
+    network: nn.Module, dense: nn.Module, key: str, layer: nn.Module, split: Split | FileSplit
+) -> tuple[Tensor, Tensor]:
     """X'X (d, d) and X'Y (d, c): X what the pruned layer reads, in patches, and 1; Y what the dense one returns."""
-    layer, seen = network.get_submodule(name), {}
-    handles = [
-        layer.register_forward_hook(lambda _m, inputs, _o: seen.update(read=inputs[0])),
-        dense.get_submodule(name).register_forward_hook(lambda _m, _i, output: seen.update(returned=output)),
-    ]
-    gram = cross = 0
-    try:
+    seen, gram, cross = {}, 0, 0
+    with (
+        watched(network, [key], lambda _k, read, _: seen.update(read=read)),
+        watched(dense, [key], lambda _k, _, returned: seen.update(returned=returned)),
+    ):
         for images, _ in split.batches(BATCH if isinstance(layer, nn.Conv2d) else None):
             network(images)
             dense(images)
             read, returned = _rows(layer, seen["read"]), seen["returned"]
             returned = returned.flatten(2).transpose(1, 2).flatten(0, 1) if returned.ndim > 2 else returned
             gram, cross = gram + (read.T @ read).double(), cross + (read.T @ returned).double()
-    finally:
-        for handle in handles:
-            handle.remove()
     return parallel.added(gram), parallel.added(cross)
 
 
