@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import parallel
 from common.data import FileSplit, Split
 
 RELEVANCE_BATCH = 100  # images; gradients need the maps of all layers at once
@@ -65,11 +64,12 @@ def paired(
 
 
 def relevance(network: nn.Module, keys: list[str], split: Split | FileSplit, seed: int = 0) -> dict[str, np.ndarray]:
-    """How much the network's outputs move with each unit of some layers: by key, a float64 array (outputs,).
+    """How much of the network's output goes through each unit of some layers: by key, a float64 array (outputs,).
 
     The variance of a unit over the images times the mean squared slope of the network's outputs in it, summed over
-    outputs: to first order the variance of the outputs that goes through the unit. One backward pass of a random
-    combination of the outputs (Hutchinson, 1990) gives all slopes; maps count as their means.
+    outputs, as a share of the outputs' variance: what would be left of the output's signal, to first order, if the unit
+    alone varied. One backward pass of a random combination of the outputs (Hutchinson, 1990) gives all slopes; maps
+    count as their means.
 
     Parameters
     ----------
@@ -81,17 +81,18 @@ def relevance(network: nn.Module, keys: list[str], split: Split | FileSplit, see
     network.eval()
     outputs: dict[str, Tensor] = {}
     random = torch.Generator().manual_seed(seed)
-    sums, count = dict.fromkeys(keys, 0), 0  # of squared slopes, values and squared values
+    slopes, sums, squares = dict.fromkeys(keys, 0), dict.fromkeys([*keys, None], 0), dict.fromkeys([*keys, None], 0)
     with watched(network, keys, lambda key, _, output: outputs.update({key: output})):
         for images, _ in split.batches(RELEVANCE_BATCH):
-            logits = network(images)
+            outputs[None] = logits = network(images)
             combination = (logits * torch.randn(logits.shape, generator=random).to(logits.device)).sum()
             gradients = torch.autograd.grad(combination, [outputs[key] for key in keys])
             for key, gradient in zip(keys, gradients, strict=True):
                 slope = gradient.flatten(2).sum(2) if gradient.ndim > 2 else gradient
-                value = pool(outputs[key].detach()).double()
-                sums[key] = sums[key] + torch.stack([slope.double() ** 2, value, value**2]).sum(1)
-            count += len(images)
-    (count,) = parallel.total(torch.tensor(count, device=logits.device))
-    means = {key: parallel.added(value).cpu().numpy() / count for key, value in sums.items()}
-    return {key: slope * np.maximum(square - value**2, 0) for key, (slope, value, square) in means.items()}
+                slopes[key] = slopes[key] + slope.double().square().sum(0)
+            for key, output in outputs.items():
+                value = pool(output.detach()).double()
+                sums[key], squares[key] = sums[key] + value.sum(0), squares[key] + value.square().sum(0)
+    variances = {key: (squares[key] / len(split) - (sums[key] / len(split)) ** 2).clamp(min=0) for key in sums}
+    total = variances.pop(None).sum()
+    return {key: (variance * slopes[key] / len(split) / total).cpu().numpy() for key, variance in variances.items()}

@@ -129,7 +129,7 @@ FLAGS = {
         "3", ("cmi", "cmi-magnitude", "random", "magnitude"), "what ranks the blocks; see the README", "cmi"
     ),
     "Refit": _flag("3", None, "refit the kept weights by least squares before retraining", action="store_true"),
-    "Samples_per_class": _flag("3", COUNT, "training images of each class to refit with, and for relevance"),
+    "Samples_per_class": _flag("3", COUNT, "training images of each class to refit with"),
     "Even": _flag("3", None, "spread the kept blocks evenly over child and parent groups", action="store_true"),
     "model": _flag("2", None, "the network of this folder"),
     "dataset": _flag("2", DATASETS, "data set"),
@@ -144,7 +144,7 @@ FLAGS = {
     "classes": _flag("2", None, CLASSES, **MANY),
     "estimator": _flag("2", tuple(ESTIMATORS), "estimator of the conditional mutual information", "kde"),
     "given": _flag(
-        "2", ("rest", "kept"), "gaussian: information given all other parents, or given those chosen before (rest)"
+        "2", ("rest", "kept"), "gaussian: given all other parents, or those left as the least go one by one (rest)"
     ),
     "width": _flag("2", POSITIVE, f"kde: kernel width in square roots of the number of parent units ({kde.WIDTH})"),
     "precision": _flag("2", tuple(kde.PRECISIONS), "kde: arithmetic of the scores (single)"),

@@ -36,10 +36,6 @@ class Blocks:
         """Spread one value per block (H, G) over the connections (c, p)."""
         return values[np.ix_(self.child_groups, self.parent_groups)]
 
-    def by_child(self, values: np.ndarray) -> np.ndarray:
-        """Sum one value per output (c,) over each child group: (H, 1)."""
-        return np.bincount(self.child_groups, values)[:, None]
-
     def mean_magnitude(self, weight: Tensor) -> np.ndarray:
         """Mean absolute weight (H, G) of every block of a weight (c, p, ...)."""
         magnitude = (
@@ -179,7 +175,6 @@ def choose(
     caps: list[float],
     *,
     scores: dict[str, np.ndarray] | None = None,
-    relevance: dict[str, np.ndarray] | None = None,
     even: bool = False,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
@@ -190,10 +185,9 @@ def choose(
     criterion : "cmi" takes the blocks of lowest `scores`; "magnitude" those of lowest mean absolute weight; "random"
         any. The two controls prune in each layer what "cmi" prunes there if `scores` are given, so that only the
         choice within layers differs, else they rank all layers together. "cmi-magnitude" ranks by the square root of
-        score times relevance of the child group, times mean absolute weight.
+        the score times mean absolute weight.
     share, caps : as for `select`
     scores : one (H, G) array per layer; needed for "cmi" and "cmi-magnitude"
-    relevance : one (outputs,) array per layer, as `activations.relevance` gives it; needed for "cmi-magnitude"
     even : spread what each layer keeps evenly over its child and over its parent groups, see `select_evenly`
     seed : of the random choice
 
@@ -210,9 +204,7 @@ def choose(
         "cmi": lambda key: scores[key],
         "magnitude": magnitude,
         "random": lambda key: rng.random(blocks[key].weights.shape),
-        "cmi-magnitude": lambda key: (
-            np.sqrt(np.maximum(scores[key], 0) * blocks[key].by_child(relevance[key])) * magnitude(key)
-        ),
+        "cmi-magnitude": lambda key: np.sqrt(np.maximum(scores[key], 0)) * magnitude(key),
     }[criterion]
     ranked, sizes = [rank(key) for key in blocks], [b.weights for b in blocks.values()]
     own = criterion.startswith("cmi") or scores is None

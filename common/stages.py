@@ -106,11 +106,14 @@ def score(doc: str, model: ModuleType) -> None:
     )
     cli.check_data(args, data, checkpoint)
     rows = sample_per_class(data.train.labels, args.samples_per_class, args.seed)
-    seen = activations.paired(_placed(network, device), [child for child, *_ in todo], data.train[rows])
+    children = [child for child, *_ in todo]
+    seen = activations.paired(_placed(network, device), children, data.train[rows])
+    relevance = activations.relevance(network, children, data.train[rows]) if args.given == "kept" else {}
     known = {"data": data.describe(), **artifacts.circumstances(device)}
     for child, blocks, files, record in todo:
         parents, children = seen.pop(child)
-        scoring.score(children, parents, blocks, files, {**record, **known}, **options)
+        snr = {"snr": relevance[child]} if relevance else {}
+        scoring.score(children, parents, blocks, files, {**record, **known}, **options, **snr)
 
 
 @cli.script
@@ -125,7 +128,7 @@ def retrain(doc: str, model: ModuleType) -> None:
         Save_dir=f"{model.NAME}/pruned",
         Samples_per_class=model.SAMPLES_PER_CLASS,
     )
-    if not args.Refit and args.Criterion != "cmi-magnitude":
+    if not args.Refit:
         args.Samples_per_class = None  # no images are needed: not recorded
     share = cli.pruned_share(args)
     cli.resolve_pairs(args, model.PAIRS, model.GROUPS, model.LIMITS)
@@ -143,7 +146,6 @@ def retrain(doc: str, model: ModuleType) -> None:
     if args.Samples_per_class:
         rows = sample_per_class(data.train.labels, args.Samples_per_class, args.Seed, "Samples_per_class")
         sample = data.train[rows]
-    relevance = activations.relevance(network, list(blocks), sample) if args.Criterion == "cmi-magnitude" else None
     for rerun in range(args.Expt_rerun):
         seed = args.Seed + rerun
         network.load_state_dict(checkpoint["state_dict"])
@@ -154,7 +156,6 @@ def retrain(doc: str, model: ModuleType) -> None:
             share,
             args.upper_prune_limit,
             scores=scores,
-            relevance=relevance,
             even=args.Even,
             seed=seed,
         )

@@ -372,8 +372,8 @@ def test_one_parent_group_is_plain_mutual_information(data):
     assert alone[0, 0] == pytest.approx(cmi(children, parents), abs=1e-12)
 
 
-class TestForwardSelection:
-    """--given kept: I(C_j; P_i | the parents chosen before P_i)."""
+class TestBackwardElimination:
+    """--given kept: I(C_j; P_i | the parents that are left when P_i goes)."""
 
     @pytest.fixture
     def layer(self, rng):
@@ -381,32 +381,42 @@ class TestForwardSelection:
         children = parents @ rng.normal(size=(12, 6)) * (rng.random(6) < 0.9) + 3 * rng.normal(size=(4000, 6))
         return children, parents, np.repeat([0, 1, 2], 2), np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 4, 4])
 
-    def test_literally(self, layer):
+    @pytest.mark.parametrize("snr", [None, np.array([1, 2, 0, 0.1, 1e3, 1e-3])])
+    def test_literally(self, layer, snr):
         """The same order and the same values as one closed-form CMI per candidate and step."""
         children, parents, child_groups, parent_groups = layer
-        found = layer_cmi(*layer, estimator="gaussian", given="kept", shrinkage=1e-6)
+        found = layer_cmi(*layer, estimator="gaussian", given="kept", shrinkage=1e-6, snr=snr)
+        covariance = np.corrcoef(np.hstack([children, parents]).T)
+        if snr is not None:
+            scale = np.r_[np.sqrt(snr), np.ones(12)]
+            covariance = covariance * np.outer(scale, scale)
+            covariance[:6, :6] += np.eye(6)
 
         def information(x, y, z):
             def log_det(*parts):
-                units = np.hstack(parts)
-                return np.linalg.slogdet(np.atleast_2d(np.corrcoef(units.T)))[1] if units.shape[1] else 0.0
+                units = np.concatenate(parts)
+                return np.linalg.slogdet(covariance[np.ix_(units, units)])[1]
 
             return (log_det(x, z) + log_det(y, z) - log_det(z) - log_det(x, y, z)) / 2
 
         for j in range(3):
-            child, chosen, lowest = children[:, child_groups == j], [], np.inf
-            for _ in range(5):
-                known = parents[:, np.isin(parent_groups, chosen)]
-                gains = {
-                    i: information(child, parents[:, parent_groups == i], known) for i in range(5) if i not in chosen
+            child, left, order, lost = np.flatnonzero(child_groups == j), set(range(5)), [], []
+            while left:
+                units = {i: 6 + np.flatnonzero(parent_groups == i) for i in left}
+                losses = {
+                    i: information(child, units[i], np.concatenate([np.empty(0, int), *(units[k] for k in left - {i})]))
+                    for i in left
                 }
-                best = max(gains, key=gains.get)
-                lowest = min(lowest, gains[best])
-                assert found[j, best] == pytest.approx(lowest, abs=1e-4)
-                chosen.append(best)
+                least = min(losses, key=losses.get)
+                order.append(least)
+                lost.append(losses[least])
+                left.remove(least)
+            pooled = [max(min(np.mean(lost[a : b + 1]) for b in range(k, 5)) for a in range(k + 1)) for k in range(5)]
+            assert np.argsort(found[j]).tolist() == order
+            assert found[j, order] == pytest.approx(pooled, abs=1e-4)
 
     def test_of_two_that_know_the_same_one_is_kept(self, rng):
-        """Given all others either twin is worth nothing; chosen one by one, exactly one of them is."""
+        """Given all others either twin is worth nothing; when they go one by one, exactly one of them is."""
         parents = rng.normal(size=(3000, 5))
         parents[:, 1] = parents[:, 0] + 1e-3 * rng.normal(size=3000)
         children = parents[:, :1] + rng.normal(size=(3000, 1))
@@ -416,14 +426,22 @@ class TestForwardSelection:
         assert kept[0, :2].max() == pytest.approx(np.log(2) / 2, abs=0.05)
         assert kept[0, :2].min() < 0.01
 
-    def test_sums_to_the_mutual_information_where_gains_only_fall(self, rng):
+    def test_sums_to_the_mutual_information(self, rng):
         parents = rng.normal(size=(5000, 6))
-        children = parents @ np.diag([1, 0.8, 0.6, 0.4, 0.2, 0.1])[:, :1] + rng.normal(size=(5000, 1))
-        children = children + parents @ np.array([[0], [0.8], [0.6], [0.4], [0.2], [0.1]])
+        children = parents @ np.array([[1], [0.8], [0.6], [0.4], [0.2], [0.1]]) + rng.normal(size=(5000, 1))
         groups = np.zeros(1, int), np.arange(6)
         found = layer_cmi(children, parents, *groups, estimator="gaussian", given="kept", shrinkage=1e-6)
         whole = layer_cmi(children, parents, np.zeros(1, int), np.zeros(6, int), estimator="gaussian", shrinkage=1e-6)
         assert found.sum() == pytest.approx(whole[0, 0], abs=2e-3)
+
+    def test_noise_makes_information_of_a_function_finite(self, rng):
+        """A child that is a sum of its parents, seen at a signal-to-noise ratio of 1: 1/2 log 2 in all."""
+        parents = rng.normal(size=(5000, 40))
+        children = parents.sum(1, keepdims=True)
+        groups = np.zeros(1, int), np.arange(40) // 4
+        found = layer_cmi(children, parents, *groups, estimator="gaussian", given="kept", shrinkage=1e-6, snr=[1.0])
+        assert found.sum() == pytest.approx(np.log(2) / 2, rel=0.01)
+        assert found.min() == pytest.approx(found.mean())  # parents that are worth the same
 
     def test_any_number_of_workers_and_dead_units(self, layer):
         children, parents, *groups = layer

@@ -105,15 +105,16 @@ def test_even_choice_keeps_the_layers_shares(net, rng, criterion):
 
 
 def test_cmi_magnitude_by_hand(net):
-    """sqrt(score * relevance of the child group) * mean magnitude; negative scores count as none."""
+    """sqrt(score) * mean magnitude; negative scores count as none."""
     blocks = {"final.weight": masks.contiguous_blocks(net, "final.weight", 5, 4)}
     with torch.no_grad():
         net.final.weight.copy_(torch.arange(1.0, 41).reshape(4, 10))
-    scores, relevance = {"final.weight": np.ones((4, 5))}, {"final.weight": np.array([1, 1, 1, 1e4])}
+    scores = {"final.weight": np.ones((4, 5))}
     scores["final.weight"][3, 4] = -1
     scores["final.weight"][0, 0] = 1e8
-    pruned = masks.choose("cmi-magnitude", net, blocks, 0.75, [1.0], scores=scores, relevance=relevance)
-    assert np.argwhere(~pruned["final.weight"]).tolist() == [[0, 0], [3, 0], [3, 1], [3, 2], [3, 3]]
+    scores["final.weight"][1, 3] = 1e4
+    pruned = masks.choose("cmi-magnitude", net, blocks, 0.75, [1.0], scores=scores)
+    assert np.argwhere(~pruned["final.weight"]).tolist() == [[0, 0], [1, 3], [3, 1], [3, 2], [3, 3]]
 
 
 @pytest.mark.parametrize(

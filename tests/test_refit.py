@@ -104,18 +104,19 @@ def test_batch_norm_takes_its_statistics_from_the_images(network, split):
 
 
 def test_relevance_is_what_reaches_the_outputs(split):
-    """Of a linear network, exactly: each unit's variance times its squared weights to the outputs."""
+    """Of a linear network, exactly: variance of the unit times squared weights to the outputs, over their variance."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(72, 5), nn.Linear(5, 3))
     split = split[torch.arange(300).repeat(20)]
     with torch.no_grad():
         net[2].weight[:, 2] = 0
         hidden = net[:2](split.images.float() / 255).double()
-        expected = (hidden.var(0) * net[2].weight.double().square().sum(0)).numpy()
+        outputs = net[2](hidden.float()).double()
+        expected = (hidden.var(0) * net[2].weight.double().square().sum(0) / outputs.var(0).sum()).numpy()
     found = relevance(net, ["1.weight", "2.weight"], split)
     assert found["1.weight"] == pytest.approx(expected, rel=0.1)
     assert found["1.weight"][2] == 0
-    assert found["2.weight"].shape == (3,)
+    assert found["2.weight"] == pytest.approx((outputs.var(0) / outputs.var(0).sum()).numpy(), rel=0.1)
     assert np.array_equal(found["1.weight"], relevance(net, ["1.weight"], split)["1.weight"])
 
 

@@ -14,14 +14,20 @@ from scipy.linalg import cholesky, solve_triangular
 from scipy.special import digamma
 from sklearn.covariance import ledoit_wolf_shrinkage
 
-from common.cmi import forward
+from common.cmi import backward
 from common.cmi.inputs import Layer
 
 DEGENERATE = 1e-6  # variance, of units of variance 1, below which a direction is taken as a function of the others
 
 
 def scores(
-    layer: Layer, *, n_jobs: int = 1, seed: int = 0, shrinkage: float | None = None, given: str = "rest"
+    layer: Layer,
+    *,
+    n_jobs: int = 1,
+    seed: int = 0,
+    shrinkage: float | None = None,
+    given: str = "rest",
+    snr: np.ndarray | None = None,
 ) -> np.ndarray:
     """Gaussian scores of all pairs; see `common.cmi.layer_cmi` for their meaning.
 
@@ -29,7 +35,9 @@ def scores(
     ----------
     n_jobs : parallel workers, of which only `given` = "kept" has any use
     seed : not used
-    given : "rest" conditions on all other parents; "kept" on those chosen before, one by one: see `common.cmi.forward`
+    given : "rest" conditions on all other parents; "kept" on those that are left when the least informative ones go
+        one by one: see `common.cmi.backward`
+    snr : (c,) only with `given` = "kept": signal-to-noise ratio at which each child unit is seen; none: without noise
     shrinkage : share of the identity in the covariance, above 0 and at most 1. By default there is none, and the bias
         is corrected exactly, where that is possible: twice as many rows as units of a pair and no unit a function of
         others. Elsewhere it is the coefficient of Ledoit and Wolf, without correction.
@@ -54,7 +62,7 @@ def scores(
         shrinkage = max(ledoit_wolf_shrinkage(data, assume_centered=True), DEGENERATE)
     covariance *= 1 - shrinkage
     covariance[np.diag_indices_from(covariance)] += shrinkage
-    return _half_log_dets(covariance, layer) if given == "rest" else forward.scores(layer, covariance, n_jobs)
+    return _half_log_dets(covariance, layer) if given == "rest" else backward.scores(layer, covariance, snr, n_jobs)
 
 
 def regress(covariance: np.ndarray, n_parents: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
