@@ -1,7 +1,10 @@
 #!/bin/sh
-# Experiment 1 on MNIST: networks, scored, pruned to three shares by several rules, retrained. Nothing is chosen: all
-# 60,000 images train, the last epoch counts, the test set is read at the end. Finished runs are skipped and killed ones go on,
-# so the script can be stopped and started again. A retraining takes about 80 seconds on one CPU core.
+# The experiments on MNIST: networks, scored, pruned by several rules, retrained. Nothing is chosen: all 60,000 images
+# train, the last epoch counts, the test set is read at the end. Finished runs are skipped and killed ones go on, so the
+# script can be stopped and started again. A retraining takes about 80 seconds on one CPU core.
+#
+#   experiments/mnist.sh [fc2] [network] [groups]     these experiments, by default all
+#   LIST=1 experiments/mnist.sh ...                   prints the commands of the pruned runs instead, one per line
 set -eu
 cd "$(dirname "$0")/../mlp"
 python=${PYTHON:-python}
@@ -10,32 +13,105 @@ shares=${SHARES:-0.996 0.984 0.962}
 data=${DATA_DIR:-$PWD/../data}
 jobs=${JOBS:-1} # retraining runs at a time
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-
-$python train_stage1.py --Data_dir "$data" --Save_dir mnist_mlp/baseline --Expt_rerun "$networks" --Select last
 seeds=$(seq 0 $((networks - 1)))
-for seed in $seeds; do
-    score="--data_dir $data --weights_dir mnist_mlp/baseline/$seed --key_id 0 --split_half"
-    $python pruning_1b.py $score
-    $python pruning_1b.py $score --estimator gaussian --given kept --name_postfix forward
-done
-retrain() { # NAME FAMILY FLAGS: one line per share and seed
-    name=$1 family=$2
-    shift 2
+base=mnist_mlp/baseline
+
+dense() { # the networks
+    $python train_stage1.py --Data_dir "$data" --Save_dir $base --Expt_rerun "$networks" --Select last
+}
+score() { # POSTFIX FLAGS: the scores of all networks
+    postfix=$1
+    shift
+    for seed in $seeds; do
+        $python pruning_1b.py --data_dir "$data" --weights_dir $base/"$seed" --name_postfix "$postfix" "$@"
+    done
+}
+prune() { # NAME FLAGS: one line per network; in the flags, @FAMILY names its scores
+    name=$1
+    shift
+    for seed in $seeds; do
+        flags=$(echo "$*" | sed "s|@\([^ ]*\)|--Retrain_mask $base/$seed/I_parent_\1.npy|")
+        echo "$python retrain_stage3.py --Data_dir $data --Select last --Seed $seed --Retrain $base/$seed/logits_best.pkl" \
+            "--upper_prune_limit 1 --Save_dir $name/$seed $flags"
+    done
+}
+
+# Experiment 1: fc2 pruned in 250 x 100 groups.
+fc2_scores() {
+    score cmi --key_id 0 --split_half
+    score kept --key_id 0 --estimator gaussian --given kept
+}
+fc2_runs() {
     for share in $shares; do
-        for seed in $seeds; do
-            echo "$share $seed $name: $python retrain_stage3.py --Data_dir $data --Select last --Prune_per $share" \
-                "--upper_prune_limit 1 --Seed $seed --Retrain mnist_mlp/baseline/$seed/logits_best.pkl" \
-                "--Retrain_mask mnist_mlp/baseline/$seed/I_parent_$family.npy --Save_dir mnist_mlp/$name/$seed $*"
+        prune mnist_mlp/kept_even @kept --Prune_per "$share" --Even --Refit
+        prune mnist_mlp/kept-magnitude_even @kept --Criterion cmi-magnitude --Prune_per "$share" --Even --Refit
+        prune mnist_mlp/cmi_even @cmi --Prune_per "$share" --Even --Refit
+        prune mnist_mlp/magnitude_even @cmi --Criterion magnitude --Prune_per "$share" --Even --Refit
+        prune mnist_mlp/random_even @cmi --Criterion random --Prune_per "$share" --Even --Refit
+        prune mnist_mlp/cmi @cmi --Prune_per "$share"
+        prune mnist_mlp/magnitude @cmi --Criterion magnitude --Prune_per "$share"
+        prune mnist_mlp/random @cmi --Criterion random --Prune_per "$share"
+    done
+}
+
+# All three layers, 98.5 % of all weights: in blocks of 5 or 6 weights, and weight by weight.
+all="--children_key fc1.weight fc2.weight final.weight --Prune_per 0.985 --Prune_of_network"
+alone="--parent_clusters 784 500 300 --children_clusters 500 300 10"
+network_scores() {
+    score cmi --key_id 0 --split_half
+    for pair in 1 2; do score cmi --key_id $pair; done
+    score kept --key_id all --estimator gaussian --given kept
+    score single --key_id all --estimator gaussian --given kept \
+        --parent_clusters 500 300 784 --children_clusters 300 10 500 # in the order of the pairs of stage 2
+}
+network_runs() {
+    prune mnist_network/kept-magnitude @kept "$all" --Criterion cmi-magnitude --Refit
+    prune mnist_network/magnitude_refit "$all" --Criterion magnitude --Refit
+    prune mnist_network/kept @kept "$all" --Refit
+    prune mnist_network/magnitude_shares @kept "$all" --Criterion magnitude --Refit
+    prune mnist_network/random_shares @kept "$all" --Criterion random --Refit
+    prune mnist_network/cmi @cmi "$all"
+    prune mnist_network/magnitude "$all" --Criterion magnitude
+    prune mnist_network/random "$all" --Criterion random
+    prune mnist_weights/kept-magnitude @single "$all" "$alone" --Criterion cmi-magnitude --Refit
+    prune mnist_weights/magnitude "$all" "$alone" --Criterion magnitude --Refit
+    prune mnist_weights/kept @single "$all" "$alone" --Refit
+    prune mnist_weights/magnitude_shares @single "$all" "$alone" --Criterion magnitude --Refit
+}
+
+# Experiment 2: other numbers of groups and of images, at the paper's shares: GROUPS SAMPLES SHARE.
+rows="5 250 0.8627
+10 250 0.8725
+20 250 0.8848
+50 250 0.9187
+20 150 0.8535
+20 450 0.8872
+20 650 0.8970"
+groups_scores() {
+    echo "$rows" | while read -r groups samples _; do
+        score "${groups}_$samples" --key_id 0 --parent_clusters "$groups" --children_clusters "$groups" \
+            --samples_per_class "$samples" --split_half
+    done
+}
+groups_runs() {
+    echo "$rows" | while read -r groups samples share; do
+        for criterion in cmi random magnitude; do
+            prune "mnist_groups/${groups}_${samples}_$criterion" "@${groups}_$samples" --Criterion "$criterion" \
+                --Prune_per "$share" --parent_clusters "$groups" --children_clusters "$groups"
         done
     done
 }
-{
-    retrain cmi cmi
-    retrain random cmi --Criterion random
-    retrain magnitude cmi --Criterion magnitude
-    retrain cmi_even cmi --Even --Refit
-    retrain random_even cmi --Criterion random --Even --Refit
-    retrain magnitude_even cmi --Criterion magnitude --Even --Refit
-    retrain cmi-magnitude_even cmi --Criterion cmi-magnitude --Even --Refit
-    retrain forward_even forward --Even --Refit
-} | sort -s -r -k1,1 | sed 's/^[^:]*: //' | xargs -P "$jobs" -I {} sh -c '{}'
+
+experiments=${*:-fc2 network groups}
+for name in $experiments; do
+    case $name in fc2 | network | groups) ;; *) echo "mnist.sh: error: no experiment $name; legal: fc2 network groups" >&2; exit 2 ;; esac
+done
+if [ -n "${LIST:-}" ]; then
+    for name in $experiments; do "${name}_runs"; done
+    exit
+fi
+dense
+for name in $experiments; do
+    "${name}_scores"
+    "${name}_runs" | xargs -P "$jobs" -I {} sh -c '{}'
+done
