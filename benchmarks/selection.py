@@ -18,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.spatial.distance import squareform
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "mlp"), str(ROOT / "benchmarks")]
@@ -33,19 +31,6 @@ from output import FOLDER, mean, save, std
 CHILD = PAIRS[0][1]
 HALVES, PERMUTATIONS = 4, 2  # for standard errors and for the scores without dependence
 PREPARED = ("masked", "means_folded", "refitted", "after_1_epoch")
-
-
-def alike(units: np.ndarray, groups: int) -> np.ndarray:
-    """Group label (d,) of every unit: groups of about one size along a tree of their correlations' magnitudes."""
-    scaled = units - units.mean(0)
-    norm = np.linalg.norm(scaled, axis=0)
-    scaled = scaled / np.where(norm > 0, norm, 1)
-    distance = 1 - np.abs(scaled.T @ scaled).clip(max=1)
-    np.fill_diagonal(distance, 0)
-    order = leaves_list(linkage(squareform(distance, checks=False), "average", optimal_ordering=True))
-    labels = np.empty(len(order), int)
-    labels[order] = masks.contiguous_groups(len(order), groups)
-    return labels
 
 
 def by_threshold(scores: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
@@ -64,7 +49,7 @@ CHOICES = {"threshold": by_threshold, "quota": by_child, "even": masks.select_ev
 def scored(parents: np.ndarray, children: np.ndarray, network: MLP, sample: Split, scratch: Path) -> dict:
     """By name of the rule: (blocks, scores (H, G), ways of choosing)."""
     blocks = masks.contiguous_blocks(network, CHILD, *GROUPS[CHILD])
-    correlated = masks.Blocks(alike(children, GROUPS[CHILD][1]), alike(parents, GROUPS[CHILD][0]))
+    correlated = masks.correlated_blocks(blocks, children, parents)
     options = {"n_jobs": os.cpu_count(), "seed": 0}
     inputs = (children, parents, blocks.child_groups, blocks.parent_groups)
     kde = layer_cmi(*inputs, precision="single", **options)
@@ -75,7 +60,7 @@ def scored(parents: np.ndarray, children: np.ndarray, network: MLP, sample: Spli
     seen = {"estimator": "gaussian", "given": "kept", "snr": activations.relevance(network, [CHILD], sample)[CHILD]}
     kept, noiseless = layer_cmi(*inputs, **seen, **options), layer_cmi(*inputs, **{**seen, "snr": None}, **options)
     regrouped = layer_cmi(children, parents, correlated.child_groups, correlated.parent_groups, **seen, **options)
-    magnitude = blocks.mean_magnitude(network.get_parameter(CHILD))
+    magnitude, random = blocks.mean_magnitude(network.get_parameter(CHILD)), np.random.default_rng(1).random(kde.shape)
     every = ("threshold", "quota", "even")
     return {
         "kde given the rest": (blocks, kde, every),
@@ -84,10 +69,16 @@ def scored(parents: np.ndarray, children: np.ndarray, network: MLP, sample: Spli
         "gaussian given the rest": (blocks, gaussian, ("even",)),
         "gaussian given what is kept, no noise": (blocks, noiseless, every),
         "gaussian given what is kept": (blocks, kept, every),
-        "the same, correlated units grouped": (correlated, regrouped, ("threshold", "even")),
         "gaussian given what is kept, times magnitude": (blocks, np.sqrt(kept) * magnitude, every),
         "magnitude": (blocks, magnitude, every),
-        "random": (blocks, np.random.default_rng(1).random(magnitude.shape), ("threshold", "even")),
+        "random": (blocks, random, ("threshold", "even")),
+        "correlated groups: gaussian given what is kept": (correlated, regrouped, ("threshold", "even")),
+        "correlated groups: magnitude": (
+            correlated,
+            correlated.mean_magnitude(network.get_parameter(CHILD)),
+            ("even",),
+        ),
+        "correlated groups: random": (correlated, random, ("even",)),
     }
 
 

@@ -152,6 +152,7 @@ FLAGS = {
     "split_half": _flag("2", None, "also score two halves of the images; report their agreement", action="store_true"),
     "bootstrap": _flag("2", number(int, 2), "also standard errors of the scores, from so many halves of the images"),
     "null": _flag("2", COUNT, "also the scores' distribution without dependence, from so many permutations"),
+    "grouping": _flag("2", ("index", "correlation"), "units of a group: neighbours, or those that correlate (index)"),
     "parent_clusters": _flag("23", COUNT, f"number of groups of parents: {BY_LAYER}", **MANY),
     "children_clusters": _flag(
         "23", COUNT, f"number of groups of children; the last layer keeps its classes: {BY_LAYER}", **MANY

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 import torch
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
 from torch import Tensor, nn
 
+from common.cmi.inputs import check_samples, standardise
 from common.errors import InputError
 
 
@@ -56,6 +59,29 @@ def contiguous_blocks(network: nn.Module, key: str, parents: int, children: int)
         if groups > units:
             raise InputError(f"--{flag} {groups}: {key} has {units} of these units; legal: 1 to {units}")
     return Blocks(contiguous_groups(outputs, children), contiguous_groups(inputs, parents), weight[0, 0].numel())
+
+
+def correlated_blocks(blocks: Blocks, children: np.ndarray, parents: np.ndarray) -> Blocks:
+    """As many blocks, of groups whose units are alike; `children` (n, c) and `parents` (n, p) are their activations."""
+    counts = (len(np.unique(groups)) for groups in (blocks.child_groups, blocks.parent_groups))
+    labels = (correlated_groups(units, count) for units, count in zip((children, parents), counts, strict=True))
+    return Blocks(*labels, blocks.kernel)
+
+
+def correlated_groups(units: np.ndarray, groups: int) -> np.ndarray:
+    """Group label (d,) of every column of (n, d) activations: neighbours in a tree of correlations share a group.
+
+    Average linkage by one minus the magnitude of the correlation, leaves in optimal order (Bar-Joseph et al., 2001),
+    cut into groups whose sizes differ by at most one. Constant units are like no other.
+    """
+    labels = contiguous_groups(units.shape[1], groups)
+    if groups in (1, len(labels)):
+        return labels
+    scaled = standardise(check_samples(units, "activations"))[0]
+    distance = 1 - np.abs(scaled.T @ scaled / len(scaled)).clip(max=1)
+    np.fill_diagonal(distance, 0)
+    tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
+    return labels[np.argsort(leaves_list(tree))]
 
 
 def select(scores: list[np.ndarray], weights: list[np.ndarray], share: float, caps: list[float]) -> list[np.ndarray]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from scipy.stats import ttest_rel
 
 from common import artifacts
 
@@ -20,10 +21,15 @@ import matplotlib.pyplot as plt
 
 COLOURS = {
     "cmi": "tab:blue",
-    "cmi (forward)": "tab:cyan",
-    "cmi-magnitude": "tab:green",
+    "cmi (kept)": "tab:green",
+    "cmi-magnitude (kept)": "tab:cyan",
     "magnitude": "tab:orange",
     "random": "tab:gray",
+}
+MOMENTS = {
+    "test_before_retraining": "accuracy before retraining (%)",
+    "test_after_1_epoch": "after 1 epoch (%)",
+    "test": "accuracy (%)",
 }
 
 
@@ -42,9 +48,9 @@ def rule(record: dict) -> str:
     """What chose the mask of a pruned run, in words; scores are named unless they have stage 2's default name."""
     arguments = record["arguments"]
     scores = Path(arguments.get("Retrain_mask") or "").stem.removeprefix("I_parent_")
-    criterion = arguments["Criterion"]
-    named = f" ({scores})" if criterion.startswith("cmi") and scores not in ("", "cmi") else ""
-    return criterion + named + "".join(f", {name.lower()}" for name in ("Even", "Refit") if arguments.get(name))
+    named = f" ({scores})" if scores not in ("", "cmi") else ""
+    changes = "".join(f", {name.lower()}" for name in ("Even", "Refit") if arguments.get(name))
+    return arguments["Criterion"] + named + changes
 
 
 def by_point(folder: Path) -> dict[tuple[float, str], list[dict]]:
@@ -70,8 +76,9 @@ def mean_std(values: list[float]) -> str:
 def table(folder: Path, paper: dict | None = None) -> str:
     """The runs of one folder as a Markdown table, beside the published figures where there are any."""
     lines = [
-        "| | pruned, masked layers (%) | pruned, network (%) | accuracy before retraining (%) | after 1 epoch (%) "
-        "| accuracy (%) | memory, masked layers (MiB) | runs |",
+        "| | pruned, masked layers (%) | pruned, network (%) | "
+        + " | ".join(MOMENTS.values())
+        + " | memory, masked layers (MiB) | runs |",
         "|---|---|---|---|---|---|---|---|",
     ]
 
@@ -84,13 +91,14 @@ def table(folder: Path, paper: dict | None = None) -> str:
         memory = f"{point['memory_mib']:.3f}" if "memory_mib" in point else ""
         row(f"paper: {name}", *shares, "", "", f"{point['accuracy']:.2f}", memory, "")
 
-    if paper:
+    if paper and "baseline_accuracy" in paper:
         dense = {
             "pruned_percent": 0,
             "accuracy": paper["baseline_accuracy"],
             "memory_mib": paper["baseline_memory_mib"],
         }
         published("dense", dense)
+    if paper:
         for point in paper["mint"]:
             published("MINT", point)
         for point in paper["others"]:
@@ -98,19 +106,71 @@ def table(folder: Path, paper: dict | None = None) -> str:
     dense = baselines(folder)
     if dense:
         row("**dense**", "0", "0", "", "", mean_std(accuracies(dense)), "", str(len(dense)))
-    else:
+    elif not by_point(folder):
         row("**here**", "", "", "", "", "not run yet", "", "0")
     for (_, criterion), records in by_point(folder).items():
         cells = (
             f"{np.mean([r['pruned_percent_masked_layers'] for r in records]):.2f}",
             f"{np.mean([r['pruned_percent_network'] for r in records]):.2f}",
-            mean_std(accuracies(records, "test_before_retraining")),
-            mean_std(accuracies(records, "test_after_1_epoch")),
-            mean_std(accuracies(records)),
+            *(mean_std(accuracies(records, moment)) for moment in MOMENTS),
             f"{np.mean([r['memory_mib_masked_layers'] for r in records]):.3f}",
             str(len(records)),
         )
         row(f"**{criterion}**", *cells)
+    return "\n".join(lines) + "\n"
+
+
+def differences(folder: Path, name: str) -> str:
+    """By how much one rule is ahead of each control at each pruned share, as a Markdown table.
+
+    Runs are paired by seed: they prune the same dense network. Difference of means ± its standard error, and the
+    two-sided p-value of the paired t-test.
+    """
+    lines = [
+        f"| {name}, ahead of | pruned (%) | " + " | ".join(MOMENTS.values()) + " | networks |",
+        "|---|---|---|---|---|---|",
+    ]
+    points = by_point(folder)
+    for share, control in points:
+        if control.startswith("cmi") or (share, name) not in points:
+            continue
+        ours, theirs = ({r["seed"]: r for r in points[share, rule]} for rule in (name, control))
+        seeds = sorted(ours.keys() & theirs.keys())
+        cells = [difference([(ours[s], theirs[s]) for s in seeds], moment) for moment in MOMENTS]
+        lines.append("| " + " | ".join((control, f"{share:.4g}", *cells, str(len(seeds)))) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def difference(pairs: list[tuple[dict, dict]], moment: str) -> str:
+    """Mean paired difference of accuracies ± its standard error, and the p-value, of two pairs or more."""
+    pairs = [(a[moment]["accuracy"], b[moment]["accuracy"]) for a, b in pairs if moment in a and moment in b]
+    if len(pairs) < 2:
+        return ""
+    ours, theirs = np.array(pairs).T
+    error = np.std(ours - theirs, ddof=1) / np.sqrt(len(pairs))
+    p = ttest_rel(ours, theirs).pvalue if error else float("nan")
+    return (
+        f"{np.mean(ours - theirs):+.2f} ± {error:.2f} (p {'< .001' if p < 0.001 else f'= {p:.3f}'.replace('0.', '.')})"
+    )
+
+
+def groups_table(folder: Path, paper: list[dict]) -> str:
+    """Experiment 2 beside the published figures: one line per number of groups and of images, one column per rule."""
+    found = defaultdict(list)
+    for record in runs(folder, 3):
+        arguments = record["arguments"]
+        groups, samples = map(int, Path(arguments["Retrain_mask"]).stem.removeprefix("I_parent_").split("_"))
+        found[groups, samples, arguments["Criterion"]].append(record)
+    lines = [
+        "| groups | images per class | pruned (%) | paper (%) | cmi (%) | random (%) | magnitude (%) | networks |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for point in paper:
+        key = point["groups"], point["samples_per_class"]
+        cells = [mean_std(accuracies(found[*key, criterion])) for criterion in ("cmi", "random", "magnitude")]
+        pruned = f"{point['pruned_percent']:.2f}"
+        networks = str(len(found[*key, "cmi"]))
+        lines.append("| " + " | ".join((*map(str, key), pruned, f"{point['accuracy']:.2f}", *cells, networks)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -172,6 +232,22 @@ def figure(folder: Path, target: Path, title: str, paper: dict | None = None) ->
     save_figure(figure, target)
 
 
+def layers_figure(folder: Path, target: Path, title: str) -> None:
+    """What every rule keeps of every layer, at one pruned share: means over runs."""
+    points = by_point(folder)
+    layers = list(next(iter(points.values()))[0]["pruned_percent_by_layer"])
+    figure, axis = plt.subplots(figsize=(9, 0.5 + 0.32 * len(points) * max(1, len(layers) / 3)), layout="constrained")
+    for k, ((_, name), records) in enumerate(points.items()):
+        kept = [100 - np.mean([r["pruned_percent_by_layer"][layer] for r in records]) for layer in layers]
+        y = np.arange(len(layers)) + 0.8 * (k / len(points) - 0.5)
+        axis.barh(y, kept, 0.75 / len(points), label=name)
+    axis.set_yticks(np.arange(len(layers)), layers)
+    axis.set(xscale="log", xlabel="kept weights of the layer (%)", title=title)
+    axis.invert_yaxis()
+    figure.legend(loc="outside right upper")
+    save_figure(figure, target)
+
+
 def fill(page: Path, name: str, content: str) -> None:
     """Replace what stands between the markers <!-- name --> and <!-- end name --> of a page."""
     marked = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
@@ -189,17 +265,27 @@ def everything() -> None:
     """Regenerate all that is committed from the committed records: figures, and what stands between markers of pages.
 
     <!-- table FOLDER --> is the table of results/FOLDER, beside the published figures of that name if there are any;
-    <!-- scoring FOLDER --> what its scores cost.
+    <!-- scoring FOLDER --> what its scores cost; <!-- differences FOLDER: RULE --> by how much a rule is ahead of the
+    controls; <!-- groups FOLDER --> Experiment 2.
     """
     paper = artifacts.read_json(artifacts.RESULTS / "paper.json")
     for name in (n for n in paper if isinstance(paper[n], dict)):
-        if runs(artifacts.RESULTS / name, 3):
-            target = artifacts.RESULTS / "figures" / f"{name}.png"
-            figure(artifacts.RESULTS / name, target, paper[name]["title"], paper[name])
+        folder, target = artifacts.RESULTS / name, artifacts.RESULTS / "figures" / f"{name}.png"
+        shares = {share for share, _ in by_point(folder)}
+        if len(shares) > 1:
+            figure(folder, target, paper[name]["title"], paper[name])
+        elif shares:
+            layers_figure(folder, target, paper[name]["title"])
+    contents = {
+        "table": lambda folder, _: table(folder, paper.get(folder.name)),
+        "scoring": lambda folder, _: scoring_table(folder),
+        "differences": differences,
+        "groups": lambda folder, _: groups_table(folder, paper[folder.name]),
+    }
     for page in (artifacts.ROOT / "README.md", artifacts.RESULTS / "README.md"):
-        for kind, name in re.findall(r"<!-- (table|scoring) (\S+) -->", page.read_text()):
-            folder = artifacts.RESULTS / name
-            fill(page, f"{kind} {name}", table(folder, paper.get(name)) if kind == "table" else scoring_table(folder))
+        for mark in re.findall(rf"<!-- ((?:{'|'.join(contents)}) \S+(?:: .+)?) -->", page.read_text()):
+            kind, name, *rest = re.fullmatch(r"(\w+) ([^:\s]+)(?:: (.+))?", mark).groups()
+            fill(page, mark, contents[kind](artifacts.RESULTS / name, *rest))
 
 
 def main() -> int:

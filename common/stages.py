@@ -112,6 +112,8 @@ def score(doc: str, model: ModuleType) -> None:
     known = {"data": data.describe(), **artifacts.circumstances(device)}
     for child, blocks, files, record in todo:
         parents, children = seen.pop(child)
+        if args.grouping == "correlation":
+            blocks = masks.correlated_blocks(blocks, children.numpy(), parents.numpy())
         snr = {"snr": relevance[child]} if relevance else {}
         scoring.score(children, parents, blocks, files, {**record, **known}, **options, **snr)
 

@@ -40,9 +40,13 @@ prune() { # NAME FLAGS: one line per network; in the flags, @FAMILY names its sc
 fc2_scores() {
     score cmi --key_id 0 --split_half
     score kept --key_id 0 --estimator gaussian --given kept
+    score correlated --key_id 0 --estimator gaussian --given kept --grouping correlation
 }
 fc2_runs() {
     for share in $shares; do
+        prune mnist_mlp/correlated_even @correlated --Prune_per "$share" --Even --Refit
+        prune mnist_mlp/random_correlated_even @correlated --Criterion random --Prune_per "$share" --Even --Refit
+        prune mnist_mlp/magnitude_correlated_even @correlated --Criterion magnitude --Prune_per "$share" --Even --Refit
         prune mnist_mlp/kept_even @kept --Prune_per "$share" --Even --Refit
         prune mnist_mlp/kept-magnitude_even @kept --Criterion cmi-magnitude --Prune_per "$share" --Even --Refit
         prune mnist_mlp/cmi_even @cmi --Prune_per "$share" --Even --Refit

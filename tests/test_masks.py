@@ -25,6 +25,29 @@ def test_impossible_numbers_of_groups_are_refused(groups):
         masks.contiguous_groups(10, groups)
 
 
+def test_units_that_correlate_share_a_group(rng):
+    """Noisy copies of eight signals, of either sign, in any order, are found again; classes stay single."""
+    signal = rng.permutation(np.repeat(np.arange(8), 3))
+    units = rng.normal(size=(500, 8))[:, signal] * rng.choice([-5, 1], 24) + 0.1 * rng.normal(size=(500, 24))
+    labels = masks.correlated_groups(units, 8)
+    assert all(len(set(labels[signal == k])) == 1 for k in range(8))
+    blocks = masks.Blocks(np.arange(10), masks.contiguous_groups(24, 8), 9)
+    found = masks.correlated_blocks(blocks, rng.normal(size=(500, 10)), units)
+    assert found.child_groups.tolist() == list(range(10))
+    assert (found.parent_groups == labels).all()
+    assert found.kernel == 9
+
+
+@pytest.mark.parametrize(("units", "groups"), [(500, 250), (30, 7), (7, 7), (5, 1)])
+def test_correlated_groups_are_even_and_complete(rng, units, groups):
+    """Also where units are constant."""
+    activations = rng.normal(size=(50, units)) * (rng.random(units) < 0.7)
+    sizes = np.bincount(masks.correlated_groups(activations, groups))
+    assert len(sizes) == groups
+    assert sizes.sum() == units
+    assert sizes.max() - sizes.min() <= 1
+
+
 def random_layers(rng, ties=False):
     shapes = [(5, 7), (30, 20), (1, 9)]
     scores = [rng.integers(0, 3, s).astype(float) if ties else rng.normal(size=s) for s in shapes]

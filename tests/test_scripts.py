@@ -158,6 +158,21 @@ def test_scores_given_what_is_kept(base, tmp_path, call):
     assert 0 < scores.sum() < 1  # nats: seen at the share of the output's variance that goes through each unit
 
 
+def test_groups_of_correlated_units(base, tmp_path, call):
+    """Stage 2 forms the groups, stage 3 prunes blocks of them."""
+    for suffix in ("pkl", "json"):
+        (tmp_path / f"logits_best.{suffix}").write_bytes((base / "0" / f"logits_best.{suffix}").read_bytes())
+    call(
+        STAGE2, *SCORE, "--weights_dir", tmp_path, "--key_id", 0, "--estimator", "gaussian", "--grouping", "correlation"
+    )
+    labels = np.load(tmp_path / "Labels_cmi_fc1.weight_fc2.weight.npy")
+    assert np.bincount(labels).tolist() == [10] * 50
+    assert (np.diff(labels) < 0).any()
+    call(*prune(base, tmp_path / "out", "--Retrain_mask", tmp_path / "I_parent_cmi.npy", "--Prune_per", "0.9"))
+    mask = torch.load(tmp_path / "out" / "0" / "logits_90.00.pkl", weights_only=True)["masks"]["fc2.weight"].numpy()
+    assert all((mask[:, labels == g] == mask[:, labels == g][:, :1]).all() for g in range(50))
+
+
 def test_shares_of_the_network(base, tmp_path, call):
     """All weights count, not the masked layer's alone."""
     call(*prune(base, tmp_path, "--Criterion", "magnitude", "--Prune_per", "0.2", "--Prune_of_network"))
