@@ -30,6 +30,7 @@ from output import FOLDER, mean, save, std
 
 CHILD = PAIRS[0][1]
 HALVES, PERMUTATIONS = 4, 2  # for standard errors and for the scores without dependence
+PICTURED = {"kde given the rest": "threshold", "correlated groups: gaussian given what is kept": "even"}
 PREPARED = ("masked", "means_folded", "refitted", "after_1_epoch")
 
 
@@ -82,6 +83,12 @@ def scored(parents: np.ndarray, children: np.ndarray, network: MLP, sample: Spli
     }
 
 
+def picture(scores: np.ndarray, pruned: np.ndarray) -> dict:
+    """Scores as percentiles, one byte each and a row of child groups' as hexadecimal digits, and the kept blocks."""
+    percentiles = scores.argsort(None).argsort().reshape(scores.shape) * 256 // scores.size
+    return {"scores": [bytes(row.tolist()).hex() for row in percentiles], "kept": np.argwhere(~pruned).tolist()}
+
+
 def measure(dense: MLP, blocks: masks.Blocks, pruned: np.ndarray, data: Data, sample: Split, seed: int) -> dict:
     """Test accuracies (%) of the masked network, prepared in several ways."""
     held = masks.build({CHILD: pruned}, {CHILD: blocks}, dense)
@@ -122,7 +129,7 @@ def main() -> None:
     parser.add_argument("--Data_dir", type=Path, default=ROOT / "data")
     parser.add_argument("--samples_per_class", type=int, default=650)
     args = parser.parse_args()
-    data, found = None, {}
+    data, found, pictures = None, {}, {}
     for seed in range(args.networks):
         network = MLP()
         folder = artifacts.under_results(args.baselines) / str(seed)
@@ -136,6 +143,8 @@ def main() -> None:
             for choice in choices:
                 for share in args.shares:
                     pruned = CHOICES[choice](scores, blocks.weights, share)
+                    if PICTURED.get(name) == choice and (seed, share) == (0, args.shares[0]):
+                        pictures[f"{name}, {choice}"] = picture(scores, pruned)
                     row = measure(network, blocks, pruned, data, sample, seed)
                     found.setdefault((share, name, choice), []).append(row)
                     print(seed, share, name, choice, *row.values(), flush=True)
@@ -146,7 +155,7 @@ def main() -> None:
             values = [run[key] for run in runs]
             row |= {key: mean(values)} | ({f"{key}_std": std(values)} if key in PREPARED else {})
         rows.append({**row, "networks": len(runs)})
-    save(FOLDER, "selection", {"samples_per_class": args.samples_per_class, "rules": rows})
+    save(FOLDER, "selection", {"samples_per_class": args.samples_per_class, "rules": rows, "pictures": pictures})
 
 
 if __name__ == "__main__":

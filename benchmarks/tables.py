@@ -13,6 +13,8 @@ from common import artifacts
 from common.report import fill, save_figure
 from output import FOLDER
 
+BEST = "cmi (correlated), even, refit"  # of the rules in results/mnist_mlp
+
 
 def markdown(rows: list[dict]) -> str:
     """Rows as a Markdown table, named by the keys of the first."""
@@ -100,6 +102,59 @@ def sweep(rows: list[dict]) -> str:
     )
 
 
+def selection_table(study: dict, share: float) -> str:
+    """The rules of the selection study at one pruned share."""
+    moments = {"masked": "masked", "means_folded": "means folded", "refitted": "refitted", "after_1_epoch": "1 epoch"}
+    return markdown(
+        [
+            {
+                "score": row["score"],
+                "blocks by": row["chosen_by"],
+                **{title: f"{row[key]:.2f} ± {row[f'{key}_std']:.2f}" for key, title in moments.items()},
+                "units read": f"{row['units_read']:.0f} of 500",
+                "units reached": f"{row['units_reached']:.0f} of 300",
+            }
+            for row in study["rules"]
+            if row["pruned_percent"] == share
+        ]
+    )
+
+
+def pictures(study: dict) -> None:
+    """Scores of one layer, brighter where they are higher, and the blocks that are kept."""
+    figure, axes = plt.subplots(len(study["pictures"]), 1, figsize=(9, 8), layout="constrained")
+    for axis, (name, picture) in zip(axes, study["pictures"].items(), strict=True):
+        axis.imshow([list(bytes.fromhex(row)) for row in picture["scores"]], cmap="viridis", aspect="auto")
+        rows, columns = zip(*picture["kept"], strict=True)
+        axis.plot(columns, rows, "o", ms=4, mfc="none", color="tab:red", label="kept")
+        axis.set(title=name, xlabel="parent group", ylabel="child group")
+        axis.legend(loc="upper right")
+    save_figure(figure, artifacts.RESULTS / "figures" / "scores.png")
+
+
+def calibration_figure(calibration: dict) -> None:
+    """Accuracy against confidence of dense and pruned networks, and their expected calibration errors."""
+    rows = calibration["networks"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    shown = [row for row in rows if row["rule"] in ("dense", BEST, "magnitude", "random")]
+    shares = sorted({row["pruned_percent"] for row in shown})
+    for row in shown:
+        if row["pruned_percent"] in (0, shares[-1]):
+            axes[0].plot(row["confidence"], row["accuracy"], "o-", ms=4, label=row["rule"])
+    axes[0].plot([0, 100], [0, 100], "k--", lw=1)
+    axes[0].set(xlabel="confidence (%)", ylabel="accuracy (%)", title=f"dense, and {shares[-1]:g} % of fc2 pruned")
+    axes[0].legend()
+    for name in dict.fromkeys(row["rule"] for row in shown):
+        own = [row for row in shown if row["rule"] == name]
+        x = [shares.index(row["pruned_percent"]) for row in own]
+        axes[1].errorbar(
+            x, [r["calibration_error"] for r in own], [r["std"] for r in own], fmt="o-", capsize=3, label=name
+        )
+    axes[1].set_xticks(range(len(shares)), [f"{share:g}" for share in shares])
+    axes[1].set(xlabel="pruned weights of fc2 (%)", ylabel="expected calibration error (%)")
+    save_figure(figure, artifacts.RESULTS / "figures" / "calibration.png")
+
+
 def speed_figure(speed: dict) -> None:
     """Seconds against samples and against parent groups, both logarithmic, with the floor and the counted slope."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
@@ -132,8 +187,10 @@ def speed_figure(speed: dict) -> None:
 
 
 def main() -> None:
-    names = ("accuracy", "ranking", "speed", "scoring", "training", "real_layer")
-    accuracy, ranking, speed, scoring, training, real = (artifacts.read_json(FOLDER / f"{name}.json") for name in names)
+    names = ("accuracy", "ranking", "speed", "scoring", "training", "real_layer", "selection", "calibration")
+    accuracy, ranking, speed, scoring, training, real, study, calibration = (
+        artifacts.read_json(FOLDER / f"{name}.json") for name in names
+    )
     for row in accuracy["calibration"]:
         row["dims"] = ", ".join(map(str, row["dims"]))
     page = ROOT / "common" / "cmi" / "README.md"
@@ -162,6 +219,10 @@ def main() -> None:
     fill(page, "speed", sweep(speed["by_samples"] + speed["by_parent_groups"] + speed["by_cores"]))
     fill(page, "peers", peers(speed))
     speed_figure(speed)
+    for share in (99.6, 98.4):
+        fill(artifacts.RESULTS / "README.md", f"selection {share}", selection_table(study, share))
+    pictures(study)
+    calibration_figure(calibration)
 
 
 if __name__ == "__main__":
