@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from common import artifacts, report
 
@@ -57,6 +58,28 @@ def test_only_what_is_between_the_markers_is_replaced(tmp_path):
     page.write_text("a\n<!-- x -->\nold\n<!-- end x -->\n<!-- y -->\nkept\n<!-- end y -->\n")
     report.fill(page, "x", "new\n")
     assert page.read_text() == "a\n<!-- x -->\nnew\n<!-- end x -->\n<!-- y -->\nkept\n<!-- end y -->\n"
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    """Against scipy's paired test and by hand: differences 1, 2, 3 have mean 2 and standard error 1 / sqrt(3)."""
+    ours, theirs = {0: 97.0, 1: 94.0, 2: 91.0, 3: 50.0}, {0: 96.0, 1: 92.0, 2: 88.0, 9: 99.0}
+    for criterion, accuracies in (("cmi", ours), ("random", theirs)):
+        for seed, accuracy in accuracies.items():
+            record = {**run(criterion, 90, accuracy), "seed": seed}
+            artifacts.write_json(tmp_path / criterion / str(seed) / "logits_90.00.json", record)
+    line = report.differences(tmp_path, "cmi").splitlines()[2]
+    p = f"{ttest_rel([97, 94, 91], [96, 92, 88]).pvalue:.3f}"[1:]
+    assert line == f"| random | 90 | +0.00 ± 0.00 |  | +2.00 ± 0.58 (p = {p}) | 3 |"
+
+
+def test_experiment_2_stands_beside_the_paper(tmp_path):
+    for k, (criterion, accuracy) in enumerate([("cmi", 98), ("cmi", 99), ("random", 97)]):
+        record = run(criterion, 86.27, accuracy)
+        record["arguments"]["Retrain_mask"] = "dense/0/I_parent_5_250.npy"
+        artifacts.write_json(tmp_path / str(k) / "logits.json", record)
+    point = {"groups": 5, "samples_per_class": 250, "pruned_percent": 86.27, "accuracy": 98.55}
+    lines = report.groups_table(tmp_path, [point]).splitlines()
+    assert lines[2] == "| 5 | 250 | 86.27 | 98.55 | 98.50 ± 0.71 | 97.00 |  | 2 |"
 
 
 @pytest.mark.parametrize("dims", [(1, 1, 1), (2, 3, 5)])
