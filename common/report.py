@@ -148,10 +148,11 @@ def difference(pairs: list[tuple[dict, dict]], moment: str) -> str:
         return ""
     ours, theirs = np.array(pairs).T
     error = np.std(ours - theirs, ddof=1) / np.sqrt(len(pairs))
-    p = ttest_rel(ours, theirs).pvalue if error else float("nan")
-    return (
-        f"{np.mean(ours - theirs):+.2f} ± {error:.2f} (p {'< .001' if p < 0.001 else f'= {p:.3f}'.replace('0.', '.')})"
-    )
+    shown = f"{np.mean(ours - theirs):+.2f} ± {error:.2f}"
+    if not error:
+        return shown
+    p = ttest_rel(ours, theirs).pvalue
+    return shown + (" (p < .001)" if p < 0.001 else f" (p = {p:.3f})".replace("= 0.", "= ."))
 
 
 def groups_table(folder: Path, paper: list[dict]) -> str:
