@@ -1,10 +1,11 @@
 #!/bin/sh
 # The experiments on MNIST: networks, scored, pruned by several rules, retrained. Nothing is chosen: all 60,000 images
-# train, the last epoch counts, the test set is read at the end. Finished runs are skipped and killed ones go on, so the
-# script can be stopped and started again. A retraining takes about 80 seconds on one CPU core.
+# train, the last epoch counts, the test set is read at the end ("validated": 3,000 images choose the epoch). Finished
+# runs are skipped and killed ones go on, so the script can be stopped and started again. A retraining takes about 80
+# seconds on one CPU core.
 #
-#   experiments/mnist.sh [fc2] [network] [groups]     these experiments, by default all
-#   LIST=1 experiments/mnist.sh ...                   prints the commands of the pruned runs instead, one per line
+#   experiments/mnist.sh [fc2] [validated] [network] [groups]     these experiments, by default all
+#   LIST=1 experiments/mnist.sh ...                               prints the commands of the pruned runs, one per line
 set -eu
 cd "$(dirname "$0")/../mlp"
 python=${PYTHON:-python}
@@ -15,9 +16,10 @@ jobs=${JOBS:-1} # retraining runs at a time
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 seeds=$(seq 0 $((networks - 1)))
 base=mnist_mlp/baseline
+select=last
 
 dense() { # the networks
-    $python train_stage1.py --Data_dir "$data" --Save_dir $base --Expt_rerun "$networks" --Select last
+    $python train_stage1.py --Data_dir "$data" --Save_dir $base --Expt_rerun "$networks" --Select $select
 }
 score() { # POSTFIX FLAGS: the scores of all networks
     postfix=$1
@@ -31,7 +33,7 @@ prune() { # NAME FLAGS: one line per network; in the flags, @FAMILY names its sc
     shift
     for seed in $seeds; do
         flags=$(echo "$*" | sed "s|@\([^ ]*\)|--Retrain_mask $base/$seed/I_parent_\1.npy|")
-        echo "$python retrain_stage3.py --Data_dir $data --Select last --Seed $seed --Retrain $base/$seed/logits_best.pkl" \
+        echo "$python retrain_stage3.py --Data_dir $data --Select $select --Seed $seed --Retrain $base/$seed/logits_best.pkl" \
             "--upper_prune_limit 1 --Save_dir $name/$seed $flags"
     done
 }
@@ -56,6 +58,15 @@ fc2_runs() {
         prune mnist_mlp/magnitude @cmi --Criterion magnitude --Prune_per "$share"
         prune mnist_mlp/random @cmi --Criterion random --Prune_per "$share"
     done
+}
+
+# fc2 again, the epochs chosen on images that were held out of all training.
+validated_scores() {
+    dense
+    score correlated --key_id 0 --estimator gaussian --given kept --grouping correlation
+}
+validated_runs() {
+    prune mnist_validated/correlated_even @correlated --Prune_per 0.975 --Even --Refit
 }
 
 # All three layers, 98.5 % of all weights: in blocks of 5 or 6 weights, and weight by weight.
@@ -106,16 +117,21 @@ groups_runs() {
     done
 }
 
-experiments=${*:-fc2 network groups}
+experiments=${*:-fc2 validated network groups}
 for name in $experiments; do
-    case $name in fc2 | network | groups) ;; *) echo "mnist.sh: error: no experiment $name; legal: fc2 network groups" >&2; exit 2 ;; esac
+    case $name in
+    fc2 | validated | network | groups) ;;
+    *)
+        echo "mnist.sh: error: no experiment $name; legal: fc2 validated network groups" >&2
+        exit 2
+        ;;
+    esac
 done
-if [ -n "${LIST:-}" ]; then
-    for name in $experiments; do "${name}_runs"; done
-    exit
-fi
-dense
+[ -n "${LIST:-}" ] || dense
 for name in $experiments; do
-    "${name}_scores"
-    "${name}_runs" | xargs -P "$jobs" -I {} sh -c '{}'
+    (
+        [ "$name" != validated ] || base=mnist_validated/baseline select=val
+        [ -n "${LIST:-}" ] || "${name}_scores"
+        "${name}_runs" | if [ -n "${LIST:-}" ]; then cat; else xargs -P "$jobs" -I {} sh -c '{}'; fi
+    )
 done
