@@ -120,6 +120,24 @@ def table(folder: Path, paper: dict | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def overview(folder: Path) -> str:
+    """One line per rule, one column per pruned share: accuracy before -> after 1 epoch -> after retraining."""
+    points = by_point(folder)
+    shares = sorted({share for share, _ in points})
+    lines = [
+        "| rule | " + " | ".join(f"{share:.4g} % pruned" for share in shares) + " |",
+        "|---" * (len(shares) + 1) + "|",
+    ]
+    for name in sorted({name for _, name in points}):
+        cells = []
+        for share in shares:
+            found = [accuracies(points.get((share, name), []), moment) for moment in MOMENTS]
+            early = [f"{np.mean(values):.1f}" if values else "?" for values in found[:-1]]
+            cells.append(" → ".join([*early, mean_std(found[-1])]) if found[-1] else "")
+        lines.append("| " + " | ".join((name, *cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def differences(folder: Path, name: str) -> str:
     """By how much one rule is ahead of each control at each pruned share, as a Markdown table.
 
@@ -266,8 +284,8 @@ def everything() -> None:
     """Regenerate all that is committed from the committed records: figures, and what stands between markers of pages.
 
     <!-- table FOLDER --> is the table of results/FOLDER, beside the published figures of that name if there are any;
-    <!-- scoring FOLDER --> what its scores cost; <!-- differences FOLDER: RULE --> by how much a rule is ahead of the
-    controls; <!-- groups FOLDER --> Experiment 2.
+    <!-- overview FOLDER --> its runs by rule and share; <!-- differences FOLDER: RULE --> by how much a rule is ahead
+    of the controls; <!-- groups FOLDER --> Experiment 2; <!-- scoring FOLDER --> what scores cost.
     """
     paper = artifacts.read_json(artifacts.RESULTS / "paper.json")
     for name in (n for n in paper if isinstance(paper[n], dict)):
@@ -279,6 +297,7 @@ def everything() -> None:
             layers_figure(folder, target, paper[name]["title"])
     contents = {
         "table": lambda folder, _: table(folder, paper.get(folder.name)),
+        "overview": lambda folder, _: overview(folder),
         "scoring": lambda folder, _: scoring_table(folder),
         "differences": differences,
         "groups": lambda folder, _: groups_table(folder, paper[folder.name]),

@@ -46,6 +46,16 @@ def test_table_has_mean_and_sample_deviation_of_finished_runs(folder):
     assert "| **random** | 90.00 | 22.50 | 10.00 | 20.00 | 95.00 | 0.100 | 1 |" in lines
 
 
+def test_overview_has_a_line_per_rule_and_a_column_per_share(folder):
+    artifacts.write_json(folder / "more" / "logits_95.00.json", run("random", 95, 90))
+    assert report.overview(folder).splitlines() == [
+        "| rule | 90 % pruned | 95 % pruned |",
+        "|---|---|---|",
+        "| cmi | 10.0 → ? → 98.00 ± 1.41 |  |",
+        "| random | 10.0 → 20.0 → 95.00 | 10.0 → ? → 90.00 |",
+    ]
+
+
 def test_the_same_records_give_the_same_figure(folder):
     figures = [folder / name for name in ("a.png", "b.png")]
     for target in figures:
