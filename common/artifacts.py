@@ -2,9 +2,12 @@
 
 A file is written under a temporary name and renamed, so that nobody ever sees half of one. Beside each lies a record,
 a JSON file that holds the arguments, the circumstances, what was measured and the SHA-256 of the files it speaks of;
-the checksum is verified whenever such a file is read.
+the checksum is verified whenever such a file is read. While a run is at work it holds a lock on `.<file>.lock`, which
+the system takes back when the process ends, however it ends.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -13,6 +16,7 @@ import platform
 import subprocess
 import time
 import zipfile
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +60,49 @@ def of_pair(family: Path, parent: str, child: str) -> Path:
 def beside(scores: Path, kind: str) -> Path:
     """A further file about the scores of one layer pair."""
     return scores.with_name(scores.name.replace("I_parent", kind, 1))
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Within it no other process writes this file.
+
+    Raises
+    ------
+    InputError
+        At once, if another process is at it, or if nothing can be written there.
+    """
+    if parallel.rank():
+        yield
+        return
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _locked(lock)
+    except BlockingIOError as error:
+        raise InputError(f"{path} is being written by another process; wait, or name another directory") from error
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be written to ({error.strerror}); name another directory") from error
+    with file:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _locked(lock: Path) -> io.TextIOWrapper:
+    """The file, locked. The process that had the lock before may have removed it meanwhile: then a new one."""
+    while True:
+        file = lock.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except OSError:
+            file.close()
+            raise
+        file.close()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

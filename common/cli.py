@@ -15,7 +15,7 @@ from common.artifacts import ROOT, public, under_results
 from common.cmi import ESTIMATORS, kde
 from common.data import Data, load
 from common.datasets import DATASETS
-from common.errors import Diverged, InputError
+from common.errors import Diverged, InputError, out_of_memory, reason
 from common.masks import Blocks, contiguous_blocks
 from common.runs import trained_on
 from common.training import OPTIMIZERS, Recipe
@@ -70,6 +70,7 @@ MANY, GPU = {"nargs": "+"}, "number of the CUDA GPU to use, if there is any; und
 BY_LAYER = "one for all pairs, or one per pair (default: model.py's, by layer)"
 CLASSES = "names of the classes to use the images of; labels and outputs stay those of the whole data set (all)"
 SWITCH = argparse.BooleanOptionalAction
+GO_ON = "the same command goes on from what is written"
 DATA_DIR = {"type": Path, "default": ROOT / "data", "help": "where data sets lie, and are downloaded to if absent"}
 
 
@@ -407,17 +408,24 @@ def one_per_pair(flag: str, values: list, pairs: int) -> list:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script: one line and exit code 2 for unusable input, 1 for diverged training, 130 for Ctrl-C."""
+    """Run a script: one line and exit code 2 for unusable input or means, 1 for diverged training, 130 for Ctrl-C."""
     name = Path(sys.argv[0]).name
     try:
         with parallel.processes():
             main()
     except InputError as error:
         sys.exit(_say(name, error, 2))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(_say(name, f"{where}{error.strerror or reason(error)}; {GO_ON}", 2))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit(_say(name, f"not enough memory ({reason(error)}); fewer --cores, a smaller --Batch_size; {GO_ON}", 2))
     except Diverged as error:
         sys.exit(_say(name, error, 1))
     except KeyboardInterrupt:
-        sys.exit(_say(name, "interrupted; the same command goes on from here", 130))
+        sys.exit(_say(name, f"interrupted; {GO_ON}", 130))
 
 
 def script(work: Callable) -> Callable:

@@ -139,6 +139,8 @@ def trained_on(data: Data) -> dict:
 
 def show(record: dict) -> None:
     """Print what a finished run of stage 3 measured."""
+    if parallel.rank():
+        return
     print(
         f"pruned {record['pruned_percent_masked_layers']:.2f} % of the masked layers "
         f"(asked: {record['requested_percent']:.2f} %), {record['pruned_percent_network']:.2f} % of all weights; "

@@ -11,6 +11,7 @@ PRETRAINED            optional: name of torchvision's weights
 """
 
 import argparse
+import contextlib
 import copy
 from dataclasses import asdict
 from pathlib import Path
@@ -38,28 +39,9 @@ def train(doc: str, model: ModuleType) -> None:
     for rerun in range(args.Expt_rerun):
         best = args.Save_dir / str(rerun) / "logits_best.pkl"
         record = {"stage": 1, "arguments": cli.recorded(args), "inputs": artifacts.checksums(*given)}
-        if artifacts.is_complete(best, record):
-            continue
-        seed = args.Seed + rerun
-        torch.manual_seed(seed)
-        network = model.build(args.Dims)
-        if args.Weights:
-            _take_weights(network, model, args.Weights)
-            _evaluate_only(_placed(network, device), data, best, record)
-            continue
-        if parallel.rank() == 0:
-            print(f"{best.parent}: seed {seed}")
-        runs.train(
-            _placed(network, device),
-            data,
-            cli.recipe(args),
-            best,
-            seed=seed,
-            select=args.Select,
-            record=record,
-            resume=args.Resume,
-            final=best.with_name("logits_final.pkl"),
-        )
+        with artifacts.alone(best):
+            if not artifacts.is_complete(best, record):
+                _train(args, model, device, data, best, args.Seed + rerun, record)
 
 
 @cli.script
@@ -82,40 +64,23 @@ def score(doc: str, model: ModuleType) -> None:
     device = cli.device(args.device_ids)
     network, weights = model.build(args.dims), args.weights_dir / "logits_best.pkl"
     checkpoint = artifacts.load_weights(network, weights)
-    todo, inputs = [], artifacts.checksums(weights)
-    for key_id, (parent, child), *groups in zip(
-        key_ids, pairs, args.parent_clusters, args.children_clusters, strict=True
-    ):
-        blocks = masks.contiguous_blocks(network, child, *groups)
-        families = artifacts.score_families(args.weights_dir, args.name_postfix)
-        files = [artifacts.of_pair(family, parent, child) for family in families]
-        of_pair = {"key_id": key_id, "parent_clusters": groups[:1], "children_clusters": groups[1:]}
-        arguments = cli.recorded(argparse.Namespace(**{**vars(args), **of_pair}))
-        record = {"stage": 2, "arguments": arguments, "inputs": inputs}
-        if not artifacts.is_complete(files[0], record):
-            todo.append((child, blocks, files, record))
-    if not todo:
-        return
-    data = load(
-        args.dataset,
-        args.data_dir,
-        val_size=checkpoint.get("val_size", 0),
-        device=device,
-        classes=args.classes,
-        workers=args.cores,
-    )
-    cli.check_data(args, data, checkpoint)
-    rows = sample_per_class(data.train.labels, args.samples_per_class, args.seed)
-    children = [child for child, *_ in todo]
-    seen = activations.paired(_placed(network, device), children, data.train[rows])
-    relevance = activations.relevance(network, children, data.train[rows]) if args.given == "kept" else {}
-    known = {"data": data.describe(), **artifacts.circumstances(device)}
-    for child, blocks, files, record in todo:
-        parents, children = seen.pop(child)
-        if args.grouping == "correlation":
-            blocks = masks.correlated_blocks(blocks, children.numpy(), parents.numpy())
-        snr = {"snr": relevance[child]} if relevance else {}
-        scoring.score(children, parents, blocks, files, {**record, **known}, **options, **snr)
+    inputs = artifacts.checksums(weights)
+    with contextlib.ExitStack() as locks:
+        todo = []
+        for key_id, (parent, child), *groups in zip(
+            key_ids, pairs, args.parent_clusters, args.children_clusters, strict=True
+        ):
+            blocks = masks.contiguous_blocks(network, child, *groups)
+            families = artifacts.score_families(args.weights_dir, args.name_postfix)
+            files = [artifacts.of_pair(family, parent, child) for family in families]
+            of_pair = {"key_id": key_id, "parent_clusters": groups[:1], "children_clusters": groups[1:]}
+            arguments = cli.recorded(argparse.Namespace(**{**vars(args), **of_pair}))
+            record = {"stage": 2, "arguments": arguments, "inputs": inputs}
+            locks.enter_context(artifacts.alone(files[0]))
+            if not artifacts.is_complete(files[0], record):
+                todo.append((child, blocks, files, record))
+        if todo:
+            _score(args, options, network, checkpoint, device, todo)
 
 
 @cli.script
@@ -148,43 +113,67 @@ def retrain(doc: str, model: ModuleType) -> None:
     if args.Samples_per_class:
         rows = sample_per_class(data.train.labels, args.Samples_per_class, args.Seed, "Samples_per_class")
         sample = data.train[rows]
+    record = {"stage": 3, "arguments": cli.recorded(args), "inputs": inputs, "requested_percent": 100 * share}
     for rerun in range(args.Expt_rerun):
         seed = args.Seed + rerun
         network.load_state_dict(checkpoint["state_dict"])
-        pruned = masks.choose(
-            args.Criterion,
-            network,
-            blocks,
-            share,
-            args.upper_prune_limit,
-            scores=scores,
-            even=args.Even,
-            seed=seed,
-        )
+        limits = args.upper_prune_limit
+        pruned = masks.choose(args.Criterion, network, blocks, share, limits, scores=scores, even=args.Even, seed=seed)
         held = masks.build(pruned, blocks, network)
         parallel.check_same(held)
         dense = copy.deepcopy(network) if args.Refit else None
         masks.holder(network, held)()
         percent = masks.percent_zero([network.get_parameter(key) for key in held])
         best = args.Save_dir / str(rerun) / f"logits_{percent:.2f}.pkl"
-        record = {"stage": 3, "arguments": cli.recorded(args), "inputs": inputs, "requested_percent": 100 * share}
-        if artifacts.is_complete(best, record):
-            continue
-        if args.Refit:
-            refit.refit(network, dense, held, sample)
-        record = runs.train(
-            network,
-            data,
-            cli.recipe(args),
-            best,
-            seed=seed,
-            select=args.Select,
-            record=record,
-            resume=args.Resume,
-            held=held,
-        )
-        if parallel.rank() == 0:
-            runs.show(record)
+        with artifacts.alone(best):
+            if artifacts.is_complete(best, record):
+                continue
+            if args.Refit:
+                refit.refit(network, dense, held, sample)
+            runs.show(_run(args, network, data, best, seed, record, held=held))
+
+
+def _run(args: argparse.Namespace, network: nn.Module, data: Data, best: Path, seed: int, record: dict, **more) -> dict:
+    """One training run as the flags of stages 1 and 3 ask for it."""
+    recipe = cli.recipe(args)
+    return runs.train(
+        network, data, recipe, best, seed=seed, select=args.Select, record=record, resume=args.Resume, **more
+    )
+
+
+def _train(
+    args: argparse.Namespace, model: ModuleType, device: torch.device, data: Data, best: Path, seed: int, record: dict
+) -> None:
+    """One dense network: trained, or with given weights."""
+    torch.manual_seed(seed)
+    network = model.build(args.Dims)
+    if args.Weights:
+        _take_weights(network, model, args.Weights)
+        _evaluate_only(_placed(network, device), data, best, record)
+        return
+    if parallel.rank() == 0:
+        print(f"{best.parent}: seed {seed}")
+    _run(args, _placed(network, device), data, best, seed, record, final=best.with_name("logits_final.pkl"))
+
+
+def _score(
+    args: argparse.Namespace, options: dict, network: nn.Module, checkpoint: dict, device: torch.device, todo: list
+) -> None:
+    """The scores of layer pairs, each given as (child, blocks, files, record), after one pass over the images."""
+    val_size, classes = checkpoint.get("val_size", 0), args.classes
+    data = load(args.dataset, args.data_dir, val_size=val_size, device=device, classes=classes, workers=args.cores)
+    cli.check_data(args, data, checkpoint)
+    sample = data.train[sample_per_class(data.train.labels, args.samples_per_class, args.seed)]
+    keys = [child for child, *_ in todo]
+    seen = activations.paired(_placed(network, device), keys, sample)
+    relevance = activations.relevance(network, keys, sample) if args.given == "kept" else {}
+    known = {"data": data.describe(), **artifacts.circumstances(device)}
+    for child, blocks, files, record in todo:
+        parents, children = seen.pop(child)
+        if args.grouping == "correlation":
+            blocks = masks.correlated_blocks(blocks, children.numpy(), parents.numpy())
+        snr = {"snr": relevance[child]} if relevance else {}
+        scoring.score(children, parents, blocks, files, {**record, **known}, **options, **snr)
 
 
 def _placed(network: nn.Module, device: torch.device) -> nn.Module:

@@ -303,6 +303,10 @@ BAD = [
 ]  # fmt: skip
 
 
+def files_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize(("script", "flags", "message"), BAD, ids=[f"{s[:7]} {f}" for s, f, _ in BAD])
 def test_bad_input_is_one_line_and_code_2(base, tmp_path, call, script, flags, message):
     words = {
@@ -311,13 +315,13 @@ def test_bad_input_is_one_line_and_code_2(base, tmp_path, call, script, flags, m
         "score": f"--dataset DIGITS --weights_dir {base}/0 --name_postfix x",
     }
     words["legal"] = " ".join(TRAIN + GROUPS + LEGAL).format(**words)
-    before = {path: path.stat().st_mtime_ns for path in base.rglob("*")}
+    before = files_of(base)
     lines = call(script, *flags.format(**words).split(), code=2).splitlines()
     lines = [line for line in lines if not line.startswith("No CUDA GPU")]
     assert len(lines) == 1
     assert lines[0].startswith(f"{script}: error: ")
     assert re.search(message, lines[0]), lines[0]
-    assert before == {path: path.stat().st_mtime_ns for path in base.rglob("*")}
+    assert files_of(base) == before
     assert not (tmp_path / "out").exists()
 
 
