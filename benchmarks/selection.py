@@ -55,8 +55,8 @@ def scored(parents: np.ndarray, children: np.ndarray, network: MLP, sample: Spli
     inputs = (children, parents, blocks.child_groups, blocks.parent_groups)
     kde = layer_cmi(*inputs, precision="single", **options)
     draws = {"estimator": "kde", "precision": "single", **options}
-    errors = scoring.standard_errors(*inputs, scratch / "errors.npz", count=HALVES, **draws)
-    null = scoring.permutation_null(*inputs, scratch / "null.npz", count=PERMUTATIONS, **draws)
+    errors = scoring.standard_errors(*inputs, scratch / "errors.state", count=HALVES, **draws)
+    null = scoring.permutation_null(*inputs, scratch / "null.state", count=PERMUTATIONS, **draws)
     gaussian = layer_cmi(*inputs, estimator="gaussian", **options)
     seen = {"estimator": "gaussian", "given": "kept", "snr": activations.relevance(network, [CHILD], sample)[CHILD]}
     kept, noiseless = layer_cmi(*inputs, **seen, **options), layer_cmi(*inputs, **{**seen, "snr": None}, **options)

@@ -2,8 +2,8 @@
 
 A file is written under a temporary name and renamed, so that nobody ever sees half of one. Beside each lies a record,
 a JSON file that holds the arguments, the circumstances, what was measured and the SHA-256 of the files it speaks of;
-the checksum is verified whenever such a file is read. While a run is at work it holds a lock on `.<file>.lock`, which
-the system takes back when the process ends, however it ends.
+that is verified whenever such a file is read, and so is the record's own, its last entry. While a run is at work it
+holds a lock on `.<file>.lock`, which the system takes back when the process ends, however it ends.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import os
 import platform
 import subprocess
 import time
-import zipfile
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from common.errors import InputError, reason
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
+MAKE_AGAIN = "remove it and run what made it again"
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
 
 
@@ -144,14 +144,26 @@ def save(files: dict[Path, bytes], record: dict) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+    """Write a record; its last entry is the SHA-256 of the rest."""
+    seal = hashlib.sha256(_serialised(content)).hexdigest()
+    write_bytes(path, _serialised({**content, "sha256": seal}))
 
 
 def read_json(path: Path) -> dict:
+    """What `write_json` wrote, to the byte."""
+    written = path.read_bytes()
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); remove it and run what made it again") from error
+        content = json.loads(written)
+        seal = content.pop("sha256")
+    except (ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({reason(error)}); {MAKE_AGAIN}") from error
+    if hashlib.sha256(_serialised(content)).hexdigest() != seal or _serialised({**content, "sha256": seal}) != written:
+        raise InputError(f"{path} is damaged: it is not as it was written; {MAKE_AGAIN}")
+    return content
+
+
+def _serialised(content: dict) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def read_checked(path: Path, record: Path, remedy: str) -> bytes:
@@ -220,13 +232,13 @@ def save_state(path: Path, state: dict) -> None:
     write_bytes(path, hashlib.sha256(content).digest() + content)
 
 
-def load_state(path: Path, key: str) -> dict | None:
-    """What `save_state` wrote, if the file is there and of the run that `key` names."""
+def load_state(path: Path, key: str, remedy: str) -> dict | None:
+    """What `save_state` wrote, if the file is there and of the run that `key` names; `remedy`, if it is damaged."""
     if not path.is_file():
         return None
     content = path.read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
-        raise InputError(f"{path} is damaged; remove it, or start over with --no-Resume")
+        raise InputError(f"{path} is damaged; {remedy}")
     state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
     return state if state["key"] == key else None
 
@@ -283,21 +295,6 @@ def is_complete(path: Path, record: dict) -> bool:
 def checksums(*paths: Path) -> dict[str, str]:
     """SHA-256 by path, of those files that exist."""
     return {public(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
-
-
-def load_partial(path: Path, key: str) -> tuple[int, np.ndarray] | None:
-    """How far interrupted work had come, if the file is there and of the same work."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return (int(file["done"]), file["total"]) if str(file["key"]) == key else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def save_partial(path: Path, key: str, done: int, total: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, key=key, done=done, total=total)
-    write_bytes(path, buffer.getvalue())
 
 
 def circumstances(device: torch.device) -> dict:

@@ -5,8 +5,8 @@ python -m common.report                    all committed folders: results/README
 """
 
 import argparse
+import json
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import matplotlib
 import numpy as np
 from scipy.stats import ttest_rel
 
-from common import artifacts
+from common import artifacts, cli
+from common.errors import InputError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -35,7 +36,7 @@ MOMENTS = {
 
 def runs(folder: Path, stage: int) -> list[dict]:
     """The records of a stage's finished runs below a folder, in a fixed order."""
-    records = [artifacts.read_json(path) for path in sorted(folder.rglob("*.json"))]
+    records = [artifacts.read_json(path) for path in sorted(folder.rglob("*.json")) if path.name != "paper.json"]
     return [r for r in records if r.get("stage") == stage and r.get("status") == "complete"]
 
 
@@ -287,7 +288,7 @@ def everything() -> None:
     <!-- overview FOLDER --> its runs by rule and share; <!-- differences FOLDER: RULE --> by how much a rule is ahead
     of the controls; <!-- groups FOLDER --> Experiment 2; <!-- scoring FOLDER --> what scores cost.
     """
-    paper = artifacts.read_json(artifacts.RESULTS / "paper.json")
+    paper = json.loads((artifacts.RESULTS / "paper.json").read_text())
     for name in (n for n in paper if isinstance(paper[n], dict)):
         folder, target = artifacts.RESULTS / name, artifacts.RESULTS / "figures" / f"{name}.png"
         shares = {share for share, _ in by_point(folder)}
@@ -308,21 +309,19 @@ def everything() -> None:
             fill(page, mark, contents[kind](artifacts.RESULTS / name, *rest))
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="a folder of runs; none: everything that is committed")
     folder = parser.parse_args().folder
     if folder is None:
         everything()
-        return 0
+        return
     if not runs(folder, 3):
-        print(f"report: error: {folder} holds no finished run of stage 3", file=sys.stderr)
-        return 2
+        raise InputError(f"{folder} holds no finished run of stage 3")
     (folder / "table.md").write_text(table(folder))
     figure(folder, folder / "figure.png", folder.name)
     print((folder / "table.md").read_text() + f"\ntable: {folder / 'table.md'}\nfigure: {folder / 'figure.png'}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

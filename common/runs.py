@@ -60,7 +60,7 @@ def train(
         record["processes"] = parallel.size()
     state_file = best.with_suffix(".state")
     key = json.dumps({k: record.get(k) for k in ("arguments", "inputs", "seed", "processes")}, sort_keys=True)
-    begun = artifacts.load_state(state_file, key) if resume else None
+    begun = artifacts.load_state(state_file, key, "remove it, or start over with --no-Resume") if resume else None
     begun = begun or {"epochs": [], "seconds": 0.0, "first": None, "fit": None}
     parallel.barrier()
     epochs, first, start = begun["epochs"], begun["first"], start - begun["seconds"]

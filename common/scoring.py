@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
@@ -43,7 +44,7 @@ def score(
     **options : of `layer_cmi`
     """
     start = time.perf_counter()
-    partial = files[0].with_suffix(".npz")
+    partial = files[0].with_suffix(".state")
     inputs = (children.numpy(), parents.numpy(), blocks.child_groups, blocks.parent_groups, partial)
     scores = resumable(*inputs, **options)
     measured = {
@@ -69,7 +70,7 @@ def score(
     cost = {"wall_seconds": round(time.perf_counter() - start, 1), "peak_memory_mib": round(peak)}
     record = {**record, "status": "complete", "scores": measured, **cost}
     artifacts.save({path: artifacts.array_bytes(content) for path, content in contents.items()}, record)
-    for leftover in partial.parent.glob(f"{partial.stem}*.npz"):
+    for leftover in partial.parent.glob(f"{partial.stem}*.state"):
         leftover.unlink()
     print(
         f"{files[0]}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in measured.items())
@@ -109,7 +110,8 @@ def resumable(children, parents, child_groups, parent_groups, partial: Path, **o
     if options.get("estimator") not in RESUMABLE:
         return layer_cmi(*inputs, **options)
     key = _fingerprint(*inputs, {k: v for k, v in options.items() if k != "n_jobs"})
-    start = artifacts.load_partial(partial, key)
+    begun = artifacts.load_state(partial, key, "remove it and run the same command again")
+    start = (begun["done"], begun["total"].numpy()) if begun else None
     saved = time.monotonic()
     with tqdm(total=len(children), initial=start[0] if start else 0, unit="row", disable=None) as progress:
 
@@ -117,7 +119,7 @@ def resumable(children, parents, child_groups, parent_groups, partial: Path, **o
             nonlocal saved
             progress.update(done - progress.n)
             if done == len(children) or time.monotonic() - saved > SAVE_EVERY:
-                artifacts.save_partial(partial, key, done, total)
+                artifacts.save_state(partial, {"key": key, "done": done, "total": torch.from_numpy(total)})
                 saved = time.monotonic()
 
         return layer_cmi(*inputs, start=start, on_rows=on_rows, **options)
@@ -162,7 +164,7 @@ def permutation_null(*inputs, count: int, **options) -> np.ndarray:
 
 
 def _part(partial: Path, name: str) -> Path:
-    return partial.with_suffix(f".{name}.npz")
+    return partial.with_suffix(f".{name}.state")
 
 
 def _fingerprint(*parts) -> str:

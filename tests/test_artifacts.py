@@ -132,10 +132,8 @@ def test_records_show_no_path_outside_the_repository(tmp_path):
     assert artifacts.under_results("a/b") == artifacts.RESULTS / "a" / "b"
 
 
-def test_partial_work_of_other_inputs_is_not_used(tmp_path):
-    path = tmp_path / "x.npz"
-    artifacts.save_partial(path, "key", 64, np.ones((2, 2)))
-    assert artifacts.load_partial(path, "key")[0] == 64
-    assert artifacts.load_partial(path, "other") is None
-    path.write_bytes(path.read_bytes()[:100])
-    assert artifacts.load_partial(path, "key") is None
+def test_the_state_of_another_run_is_not_used(tmp_path):
+    path = tmp_path / "x.state"
+    artifacts.save_state(path, {"key": "key", "done": 64})
+    assert artifacts.load_state(path, "key", "remove it")["done"] == 64
+    assert artifacts.load_state(path, "other", "remove it") is None

@@ -73,7 +73,7 @@ def test_stage_2_writes_scores_labels_and_reliability(base):
     known = record(base / "0" / "I_parent_cmi_fc1.weight_fc2.weight.npy")
     assert 0 < known["scores"]["split_half_rank_correlation"] <= 1
     assert np.load(base / "0" / "I_parent_cmi_fc2.weight_final.weight.npy").shape == (10, 50)  # classes stay single
-    assert not list((base / "0").glob("*.npz"))
+    assert not list((base / "0").glob("*.state"))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -235,15 +235,15 @@ def test_killed_stage_2_goes_on_to_the_same_bytes(base, tmp_path):
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'mlp'}"}
     with subprocess.Popen(command, cwd=ROOT / "mlp", env=environment, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
-        while not list((tmp_path / "killed").glob("*.npz")) and time.monotonic() < deadline:
+        while not list((tmp_path / "killed").glob("*.state")) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     name = "I_parent_cmi_fc1.weight_fc2.weight.npy"
     assert not (tmp_path / "killed" / name).exists()
-    assert list((tmp_path / "killed").glob("*.npz"))
+    assert list((tmp_path / "killed").glob("*.state"))
     shell(STAGE2, *flags, "--weights_dir", tmp_path / "killed")
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
-    assert not list((tmp_path / "killed").glob("*.npz"))
+    assert not list((tmp_path / "killed").glob("*.state"))
 
 
 def test_diverging_keeps_the_last_good_checkpoint_and_fails(tmp_path, call):
