@@ -81,7 +81,8 @@ def relevance(network: nn.Module, keys: list[str], split: Split | FileSplit, see
     network.eval()
     outputs: dict[str, Tensor] = {}
     random = torch.Generator().manual_seed(seed)
-    slopes, sums, squares = dict.fromkeys(keys, 0), dict.fromkeys([*keys, None], 0), dict.fromkeys([*keys, None], 0)
+    count, slopes = 0, dict.fromkeys(keys, 0)
+    sums, squares = dict.fromkeys([*keys, None], 0), dict.fromkeys([*keys, None], 0)
     with watched(network, keys, lambda key, _, output: outputs.update({key: output})):
         for images, _ in split.batches(RELEVANCE_BATCH):
             outputs[None] = logits = network(images)
@@ -93,6 +94,7 @@ def relevance(network: nn.Module, keys: list[str], split: Split | FileSplit, see
             for key, output in outputs.items():
                 value = pool(output.detach()).double()
                 sums[key], squares[key] = sums[key] + value.sum(0), squares[key] + value.square().sum(0)
-    variances = {key: (squares[key] / len(split) - (sums[key] / len(split)) ** 2).clamp(min=0) for key in sums}
-    total = variances.pop(None).sum()
-    return {key: (variance * slopes[key] / len(split) / total).cpu().numpy() for key, variance in variances.items()}
+            count += len(images)
+    variances = {key: (squares[key] / count - (sums[key] / count) ** 2).clamp(min=0) for key in sums}
+    total = variances.pop(None).sum().clamp(min=torch.finfo(torch.float64).tiny)  # 0 where all images are the same
+    return {key: (variance * slopes[key] / count / total).cpu().numpy() for key, variance in variances.items()}

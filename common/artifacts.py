@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import time
+import zipfile
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
@@ -136,11 +137,17 @@ def array_bytes(array: np.ndarray) -> bytes:
 
 
 def save(files: dict[Path, bytes], record: dict) -> None:
-    """Write files and, last, the record beside the first of them, with the checksums of all."""
+    """Write files and, last, the record beside the first of them, with the checksums of all.
+
+    A first record, of a run at work, comes before them, so that files whose run was killed right here have an owner.
+    """
+    known = record_of(next(iter(files)))
+    if not known.is_file():
+        write_json(known, {**record, "status": "running"})
     for path, content in files.items():
         write_bytes(path, content)
     checksums = {path.name: hashlib.sha256(content).hexdigest() for path, content in files.items()}
-    write_json(record_of(next(iter(files))), {**record, "files": checksums})
+    write_json(known, {**record, "files": checksums})
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -196,7 +203,7 @@ def load_checkpoint(path: Path, *, plain: bool = False) -> dict:
     remedy = "run train_stage1.py first, or name another file"
     content = read_checked(path, record_of(path), remedy)
     try:
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        checkpoint = _load(content)
     except Exception as error:  # torch.load raises whatever a broken or hostile file leads it to
         why = reason(error).split(". ")[0]
         raise InputError(f"{path} is not a checkpoint of tensors and plain values ({why}); {remedy}") from error
@@ -205,7 +212,19 @@ def load_checkpoint(path: Path, *, plain: bool = False) -> dict:
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} has no 'state_dict' of tensors; {remedy}")
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: {key} holds values that are not finite; {remedy}")
     return checkpoint
+
+
+def _load(content: bytes) -> dict:
+    """A file that torch.save wrote: tensors and plain values, and nothing that unpacks to more than the file."""
+    if zipfile.is_zipfile(io.BytesIO(content)):
+        with zipfile.ZipFile(io.BytesIO(content)) as file:
+            if sum(member.file_size for member in file.infolist()) > len(content):
+                raise ValueError("it is compressed, as torch.save never does")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def load_weights(network: torch.nn.Module, path: Path) -> dict:
@@ -239,7 +258,7 @@ def load_state(path: Path, key: str, remedy: str) -> dict | None:
     content = path.read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         raise InputError(f"{path} is damaged; {remedy}")
-    state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+    state = _load(content[32:])
     return state if state["key"] == key else None
 
 
@@ -250,7 +269,7 @@ def load_array(path: Path, record: Path, remedy: str) -> np.ndarray:
         array = np.load(io.BytesIO(content), allow_pickle=False)
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
             raise ValueError("not an array of numbers")
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, MemoryError) as error:
         raise InputError(f"{path} is not a plain .npy array ({reason(error)}); {remedy}") from error
     return array
 

@@ -47,6 +47,13 @@ def results_path(text: str) -> Path:
     return under_results(text)
 
 
+def folder(text: str) -> Path:
+    """An argparse type: a path, from where the script is run."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
 def plain_name(text: str) -> str:
     """An argparse type: a part of a file name."""
     if not text or not all(c.isalnum() or c in "._-" for c in text):
@@ -69,9 +76,10 @@ POSITIVE = number(float, 0, above=True)
 MANY, GPU = {"nargs": "+"}, "number of the CUDA GPU to use, if there is any; under torchrun each process has its own"
 BY_LAYER = "one for all pairs, or one per pair (default: model.py's, by layer)"
 CLASSES = "names of the classes to use the images of; labels and outputs stay those of the whole data set (all)"
+SKIP = "leave out image files that cannot be read, naming them"
 SWITCH = argparse.BooleanOptionalAction
 GO_ON = "the same command goes on from what is written"
-DATA_DIR = {"type": Path, "default": ROOT / "data", "help": "where data sets lie, and are downloaded to if absent"}
+DATA_DIR = {"type": folder, "default": ROOT / "data", "help": "where data sets lie, and are downloaded to if absent"}
 
 
 def _flag(stages: str, kind, help_: str, default=None, **options) -> dict:
@@ -103,6 +111,7 @@ FLAGS = {
         "13", None, "train through torch.compile: slow to start, then faster on GPUs", action="store_true"
     ),
     "Resume": _flag("13", None, "go on where a killed run was (on)", True, action=SWITCH),
+    "Skip_unreadable": _flag("13", None, SKIP, action="store_true"),
     "Weights": _flag(
         "1", weights_source, "do not train: evaluate and write the weights of this file, or 'torchvision'"
     ),
@@ -143,6 +152,7 @@ FLAGS = {
     "seed": _flag("2", INDEX, "seed of the drawn images", 0),
     "device_ids": _flag("2", INDEX, GPU, 0),
     "classes": _flag("2", None, CLASSES, **MANY),
+    "skip_unreadable": _flag("2", None, SKIP, action="store_true"),
     "estimator": _flag("2", tuple(ESTIMATORS), "estimator of the conditional mutual information", "kde"),
     "given": _flag(
         "2", ("rest", "kept"), "gaussian: given all other parents, or those left as the least go one by one (rest)"
@@ -240,6 +250,7 @@ def load_data(args: argparse.Namespace, on: torch.device) -> Data:
         device=on,
         classes=args.Classes,
         workers=args.Workers,
+        skip=args.Skip_unreadable,
     )
 
 

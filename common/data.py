@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from common import parallel
-from common.datasets import DATASETS, SPLIT_SEED, Source, read_image, torchvision
+from common.datasets import DATASETS, SPLIT_SEED, Source, read_image, torchvision, unreadable
 from common.errors import InputError
 
 PADDING = 4  # pixels by which small photographs may be shifted
@@ -71,11 +71,15 @@ class Split:
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Image files (n,) and labels (n,) int64 on the device; worker processes decode ahead of the training."""
+    """Image files (n,) and labels (n,) int64 on the device; worker processes decode ahead of the training.
+
+    `skip` leaves files that cannot be read out of their batches, where they are otherwise an InputError.
+    """
 
     paths: np.ndarray
     labels: Tensor
     workers: int
+    skip: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -111,9 +115,12 @@ class FileSplit:
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
         )
-        for rows, images in zip(parts, loader, strict=True):
-            if isinstance(images, str):
-                raise InputError(images)
+        for rows, (images, errors) in zip(parts, loader, strict=True):
+            if errors:
+                unreadable(errors, self.skip)
+                rows = rows[[k for k in range(len(rows)) if k not in errors]]
+                if not len(rows):
+                    continue
             images = images.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
             yield images, self.labels[rows.to(device)]
 
@@ -135,11 +142,11 @@ class _Decoded(torch.utils.data.Dataset):
             return self.transform(image)
 
 
-def _collate(images: list[Tensor | str]) -> Tensor | str:
-    errors = [image for image in images if isinstance(image, str)]
-    if errors:
-        return errors[0]
-    return torch.stack(images) if images else torch.empty(0, 3, CROP, CROP, dtype=torch.uint8)
+def _collate(images: list[Tensor | str]) -> tuple[Tensor, dict[int, str]]:
+    """The images that could be read, and by place in the batch what is wrong with the others."""
+    errors = {k: image for k, image in enumerate(images) if isinstance(image, str)}
+    read = [image for image in images if not isinstance(image, str)]
+    return torch.stack(read) if read else torch.empty(0, 3, CROP, CROP, dtype=torch.uint8), errors
 
 
 def _whole_enough(batches: tuple[Tensor, ...]) -> Iterator[Tensor]:
@@ -235,6 +242,7 @@ def load(
     device: torch.device,
     classes: list[str] | None = None,
     workers: int = 0,
+    skip: bool = False,
 ) -> Data:
     """Load a data set and hold `val_size` images of its training set out for validation.
 
@@ -246,6 +254,7 @@ def load(
     device : where all tensors live
     classes : use images of these classes only; labels stay as they are
     workers : processes that read images that do not fit into memory
+    skip : leave out image files that cannot be read, and say so, instead of raising
 
     Raises
     ------
@@ -253,14 +262,14 @@ def load(
         If files are missing and cannot be downloaded, a class is unknown, or `val_size` leaves no training or too few
         validation images.
     """
-    source = DATASETS[name](Path(folder), name)
+    source = DATASETS[name](Path(folder), name, skip)
     digest = source.fingerprint or _fingerprint(source)
     (train_x, train_y), (test_x, test_y) = (
         _only(part, source.classes, classes) for part in (source.train, source.test)
     )
     train_rows, val_rows = _hold_out(train_y.numpy(), val_size)
     if isinstance(train_x, np.ndarray):
-        whole, test = (FileSplit(x, y.to(device), workers) for x, y in ((train_x, train_y), (test_x, test_y)))
+        whole, test = (FileSplit(x, y.to(device), workers, skip) for x, y in ((train_x, train_y), (test_x, test_y)))
     else:
         scale = _mean_and_std(train_x[train_rows], device) if source.natural else (None, None)
         whole, test = (
@@ -297,7 +306,8 @@ def _mean_and_std(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]
     shares = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
     shares /= shares.sum(1, keepdim=True)
     mean = shares @ values
-    std = (shares @ values**2 - mean**2).sqrt()
+    std = (shares @ values**2 - mean**2).clamp(min=0).sqrt()
+    std[std < 1 / 255] = 1  # a channel that is the same everywhere
     return tuple(value.float().to(device)[:, None, None] for value in (mean, std))
 
 

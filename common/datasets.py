@@ -38,7 +38,7 @@ class Source:
     fingerprint: str = ""
 
 
-def _idx_files(folder: Path, name: str) -> Source:
+def _idx_files(folder: Path, name: str, skip: bool) -> Source:
     """MNIST and its relatives, read (and downloaded, where possible) by torchvision."""
     raw = folder / name / "raw"
     files = "train-images-idx3-ubyte train-labels-idx1-ubyte t10k-images-idx3-ubyte t10k-labels-idx1-ubyte"
@@ -47,11 +47,11 @@ def _idx_files(folder: Path, name: str) -> Source:
     return Source(*parts, [str(digit) for digit in range(10)])
 
 
-def _cifar10(folder: Path, name: str) -> Source:
+def _cifar10(folder: Path, name: str, skip: bool) -> Source:
     """CIFAR-10: torchvision's files, or cifar10/{train,test}/<class>/*, decoded once; else a download."""
     original, tree = folder / "cifar-10-batches-py", folder / "cifar10"
     if tree.is_dir() and not original.is_dir():
-        return _small_images(tree)
+        return _small_images(tree, skip)
     train, test = _downloaded(folder, name, original, f"put it there, or image files into {tree}/{{train,test}}/CLASS/")
     parts = (
         (torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in (train, test)
@@ -59,7 +59,7 @@ def _cifar10(folder: Path, name: str) -> Source:
     return Source(*parts, train.classes, natural=True)
 
 
-def _digits(folder: Path, name: str) -> Source:
+def _digits(folder: Path, name: str, skip: bool) -> Source:
     """scikit-learn's embedded 8x8 digits, enlarged to MNIST's 28x28; a fifth of them is the test set."""
     from sklearn.datasets import load_digits
 
@@ -71,7 +71,7 @@ def _digits(folder: Path, name: str) -> Source:
     return Source((images[train], labels[train]), (images[test], labels[test]), [str(digit) for digit in range(10)])
 
 
-def _imagenet(folder: Path, name: str) -> Source:
+def _imagenet(folder: Path, name: str, skip: bool) -> Source:
     """The standard folders train/<wnid>/ and val/<wnid>/, here or in imagenet/ below; `val` is the test set."""
     root = folder / "imagenet" if (folder / "imagenet").is_dir() else folder
     train, test = (_image_folder(root / part) for part in ("train", "val"))
@@ -122,7 +122,7 @@ def _same_classes(root: Path, train: list[str], test: list[str]) -> None:
         raise InputError(f"{root}: the class folder {odd} is in one of the two splits only")
 
 
-def _small_images(root: Path) -> Source:
+def _small_images(root: Path, skip: bool) -> Source:
     """Image files of one size below train/<class>/ and test/<class>/, decoded once and then kept as one array.
 
     The array, decoded.npy, has one row per image, its label and then its pixels; its record holds the checksum, and a
@@ -130,7 +130,7 @@ def _small_images(root: Path) -> Source:
     """
     parts = [_image_folder(root / part) for part in ("train", "test")]
     _same_classes(root, *(part.classes for part in parts))
-    samples = [sample for part in parts for sample in part.samples]
+    samples, border = [sample for part in parts for sample in part.samples], len(parts[0].samples)
     files = (f"{Path(path).relative_to(root)} {Path(path).stat().st_size}" for path, _ in samples)
     listing = hashlib.sha256("\n".join(files).encode()).hexdigest()
     cache = root / "decoded.npy"
@@ -138,22 +138,39 @@ def _small_images(root: Path) -> Source:
     if cache.is_file() and record.is_file() and artifacts.read_json(record).get("listing") == listing:
         rows = artifacts.load_array(cache, record, "remove it")
     else:
-        rows = np.stack([_row(path, label) for path, label in samples])
-        with contextlib.suppress(OSError):  # a folder that cannot be written to costs the decoding every time
-            artifacts.save({cache: artifacts.array_bytes(rows)}, {"listing": listing})
+        decoded = [_row(path, label) for path, label in samples]
+        errors = {k: row for k, row in enumerate(decoded) if isinstance(row, str)}
+        rows = np.stack([row for row in decoded if not isinstance(row, str)] or [np.zeros(1, np.uint8)])
+        border -= sum(k < border for k in errors)
+        if errors:
+            unreadable(errors, skip)
+        else:
+            with contextlib.suppress(OSError):  # a folder that cannot be written to costs the decoding every time
+                artifacts.save({cache: artifacts.array_bytes(rows)}, {"listing": listing})
     side = int((rows[0, 1:].size / 3) ** 0.5)
     images, labels = torch.from_numpy(rows[:, 1:]).reshape(-1, 3, side, side), torch.from_numpy(rows[:, 0]).long()
-    border = len(parts[0].samples)
     return Source(
         (images[:border], labels[:border]), (images[border:], labels[border:]), parts[0].classes, natural=True
     )
 
 
-def _row(path: str, label: int) -> np.ndarray:
-    pixels = read_image(path)
+def _row(path: str, label: int) -> np.ndarray | str:
+    """A small image's label and pixels, or what is wrong with it."""
+    try:
+        pixels = read_image(path)
+    except InputError as error:
+        return str(error)
     if pixels.size != (32, 32):
-        raise InputError(f"{path} has {pixels.size[0]} x {pixels.size[1]} pixels; 32 x 32 are wanted")
+        return f"{path} has {pixels.size[0]} x {pixels.size[1]} pixels; 32 x 32 are wanted"
     return np.concatenate([[np.uint8(label)], np.asarray(pixels).transpose(2, 0, 1).ravel()])
+
+
+def unreadable(errors: dict[int, str], skip: bool) -> None:
+    """Say which image files were left out, or refuse them."""
+    if not skip:
+        raise InputError(f"{next(iter(errors.values()))}; --Skip_unreadable leaves such files out")
+    for error in errors.values():
+        print(f"left out: {error}", file=sys.stderr)
 
 
 def read_image(path: str) -> Image.Image:
@@ -162,7 +179,7 @@ def read_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is no readable image ({reason(error)}); replace or remove it") from error
+        raise InputError(f"{path} is no readable image ({reason(error)}); replace it or remove it") from error
 
 
 def torchvision():

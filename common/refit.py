@@ -89,7 +89,7 @@ def _solve(layer: nn.Module, mask: Tensor, gram: Tensor, cross: Tensor) -> None:
     """Put the solution into the layer; outputs that keep the same inputs share one factorisation."""
     kept = mask.flatten(1)
     patterns, which = torch.unique(kept, dim=0, return_inverse=True)
-    ridge = RIDGE * gram.diagonal()[:-1].mean()
+    ridge = (RIDGE * gram.diagonal()[:-1].mean()).clamp(min=torch.finfo(torch.float32).tiny)  # inputs may all be 0
     weight, bias = torch.zeros_like(kept, dtype=torch.float64), None if layer.bias is None else layer.bias.double()
     for k, pattern in enumerate(patterns):
         outputs, inputs = torch.nonzero(which == k).flatten(), torch.nonzero(pattern).flatten()

@@ -161,7 +161,8 @@ def _score(
 ) -> None:
     """The scores of layer pairs, each given as (child, blocks, files, record), after one pass over the images."""
     val_size, classes = checkpoint.get("val_size", 0), args.classes
-    data = load(args.dataset, args.data_dir, val_size=val_size, device=device, classes=classes, workers=args.cores)
+    reading = {"device": device, "workers": args.cores, "skip": args.skip_unreadable}
+    data = load(args.dataset, args.data_dir, val_size=val_size, classes=classes, **reading)
     cli.check_data(args, data, checkpoint)
     sample = data.train[sample_per_class(data.train.labels, args.samples_per_class, args.seed)]
     keys = [child for child, *_ in todo]

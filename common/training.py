@@ -61,14 +61,14 @@ class Score:
 def evaluate(network: nn.Module, split: Split | FileSplit, batch_size: int | None = None) -> Score:
     """Accuracy and loss of the network over a split, in evaluation mode and single precision."""
     network.eval()
-    loss = correct = among5 = torch.zeros((), device=split.labels.device)
+    loss = correct = among5 = seen = torch.zeros((), device=split.labels.device)
     for images, labels in split.batches(batch_size):
         logits = network(images)
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = loss + F.cross_entropy(logits, labels, reduction="sum")
-        correct, among5 = correct + hits[:, 0].sum(), among5 + hits.sum()
-    loss, correct, among5 = parallel.total(loss, correct, among5)
-    return Score(100 * correct / len(split), loss / len(split), 100 * among5 / len(split))
+        correct, among5, seen = correct + hits[:, 0].sum(), among5 + hits.sum(), seen + len(labels)
+    loss, correct, among5, seen = parallel.total(loss, correct, among5, seen)
+    return Score(100 * correct / seen, loss / seen, 100 * among5 / seen)
 
 
 def train_epoch(
