@@ -46,6 +46,10 @@ fc2_scores() {
 }
 fc2_runs() {
     for share in $shares; do
+        prune mnist_mlp/correlated_spread @correlated --Prune_per "$share" --Even
+        prune mnist_mlp/kept_spread @kept --Prune_per "$share" --Even
+        prune mnist_mlp/magnitude_spread @cmi --Criterion magnitude --Prune_per "$share" --Even
+        prune mnist_mlp/random_spread @cmi --Criterion random --Prune_per "$share" --Even
         prune mnist_mlp/correlated_even @correlated --Prune_per "$share" --Even --Refit
         prune mnist_mlp/random_correlated_even @correlated --Criterion random --Prune_per "$share" --Even --Refit
         prune mnist_mlp/magnitude_correlated_even @correlated --Criterion magnitude --Prune_per "$share" --Even --Refit
@@ -80,18 +84,20 @@ network_scores() {
         --parent_clusters 500 300 784 --children_clusters 300 10 500 # in the order of the pairs of stage 2
 }
 network_runs() {
-    prune mnist_network/kept-magnitude @kept "$all" --Criterion cmi-magnitude --Refit
+    prune mnist_network/kept-magnitude @kept "$all" --Criterion cmi-magnitude
+    prune mnist_network/kept @kept "$all"
+    prune mnist_network/magnitude_shares @kept "$all" --Criterion magnitude
+    prune mnist_network/random_shares @kept "$all" --Criterion random
+    prune mnist_network/kept-magnitude_refit @kept "$all" --Criterion cmi-magnitude --Refit
+    prune mnist_network/kept_refit @kept "$all" --Refit
     prune mnist_network/magnitude_refit "$all" --Criterion magnitude --Refit
-    prune mnist_network/kept @kept "$all" --Refit
-    prune mnist_network/magnitude_shares @kept "$all" --Criterion magnitude --Refit
-    prune mnist_network/random_shares @kept "$all" --Criterion random --Refit
     prune mnist_network/cmi @cmi "$all"
     prune mnist_network/magnitude "$all" --Criterion magnitude
     prune mnist_network/random "$all" --Criterion random
-    prune mnist_weights/kept-magnitude @single "$all" "$alone" --Criterion cmi-magnitude --Refit
-    prune mnist_weights/magnitude "$all" "$alone" --Criterion magnitude --Refit
-    prune mnist_weights/kept @single "$all" "$alone" --Refit
-    prune mnist_weights/magnitude_shares @single "$all" "$alone" --Criterion magnitude --Refit
+    prune mnist_weights/kept-magnitude @single "$all" "$alone" --Criterion cmi-magnitude
+    prune mnist_weights/kept @single "$all" "$alone"
+    prune mnist_weights/magnitude "$all" "$alone" --Criterion magnitude
+    prune mnist_weights/random "$all" "$alone" --Criterion random
 }
 
 # Experiment 2: other numbers of groups and of images, at the paper's shares: GROUPS SAMPLES SHARE.
