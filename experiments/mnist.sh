@@ -84,18 +84,18 @@ network_scores() {
         --parent_clusters 500 300 784 --children_clusters 300 10 500 # in the order of the pairs of stage 2
 }
 network_runs() {
-    prune mnist_network/kept-magnitude @kept "$all" --Criterion cmi-magnitude
-    prune mnist_network/kept @kept "$all"
-    prune mnist_network/magnitude_shares @kept "$all" --Criterion magnitude
-    prune mnist_network/random_shares @kept "$all" --Criterion random
-    prune mnist_network/kept-magnitude_refit @kept "$all" --Criterion cmi-magnitude --Refit
-    prune mnist_network/kept_refit @kept "$all" --Refit
-    prune mnist_network/magnitude_refit "$all" --Criterion magnitude --Refit
-    prune mnist_network/cmi @cmi "$all"
+    prune mnist_network/kept-magnitude_masked @kept "$all" --Criterion cmi-magnitude
+    prune mnist_network/kept_masked @kept "$all"
     prune mnist_network/magnitude "$all" --Criterion magnitude
     prune mnist_network/random "$all" --Criterion random
-    prune mnist_weights/kept-magnitude @single "$all" "$alone" --Criterion cmi-magnitude
-    prune mnist_weights/kept @single "$all" "$alone"
+    prune mnist_network/magnitude_shares @kept "$all" --Criterion magnitude
+    prune mnist_network/random_shares @kept "$all" --Criterion random
+    prune mnist_network/cmi @cmi "$all"
+    prune mnist_network/kept-magnitude @kept "$all" --Criterion cmi-magnitude --Refit
+    prune mnist_network/kept @kept "$all" --Refit
+    prune mnist_network/magnitude_refit "$all" --Criterion magnitude --Refit
+    prune mnist_weights/kept-magnitude_masked @single "$all" "$alone" --Criterion cmi-magnitude
+    prune mnist_weights/kept_masked @single "$all" "$alone"
     prune mnist_weights/magnitude "$all" "$alone" --Criterion magnitude
     prune mnist_weights/random "$all" "$alone" --Criterion random
 }
