@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 
-.PHONY: demo test lint bench tables experiments
+.PHONY: demo test soak lint bench tables experiments
 
 demo: .venv/ready
 	PYTHON=$(BIN)/python mlp/demo.sh
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+soak: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns.py --kills 100 --flips 5000 --fuzz 50000 --record results/soak.json
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -84,6 +84,8 @@ def alone(path: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{path.parent} cannot be written to ({error.strerror}); name another directory") from error
     with file:
+        for left in path.parent.glob(f".{path.stem}.*.tmp"):  # by a process that was killed
+            left.unlink(missing_ok=True)
         try:
             yield
         finally:
@@ -202,29 +204,30 @@ def load_checkpoint(path: Path, *, plain: bool = False) -> dict:
     """
     remedy = "run train_stage1.py first, or name another file"
     content = read_checked(path, record_of(path), remedy)
-    try:
-        checkpoint = _load(content)
-    except Exception as error:  # torch.load raises whatever a broken or hostile file leads it to
-        why = reason(error).split(". ")[0]
-        raise InputError(f"{path} is not a checkpoint of tensors and plain values ({why}); {remedy}") from error
+    checkpoint = _load(content, path, "a checkpoint of tensors and plain values", remedy)
     if plain and isinstance(checkpoint, dict) and "state_dict" not in checkpoint:
         checkpoint = {"state_dict": dict(checkpoint)}
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} has no 'state_dict' of tensors; {remedy}")
     for key, tensor in state.items():
+        if tensor.nbytes > len(content):
+            raise InputError(f"{path}: {key} is larger than the file; {remedy}")
         if not tensor.isfinite().all():
             raise InputError(f"{path}: {key} holds values that are not finite; {remedy}")
     return checkpoint
 
 
-def _load(content: bytes) -> dict:
-    """A file that torch.save wrote: tensors and plain values, and nothing that unpacks to more than the file."""
-    if zipfile.is_zipfile(io.BytesIO(content)):
-        with zipfile.ZipFile(io.BytesIO(content)) as file:
-            if sum(member.file_size for member in file.infolist()) > len(content):
-                raise ValueError("it is compressed, as torch.save never does")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+def _load(content: bytes, path: Path, what: str, remedy: str):
+    """What torch.save wrote: tensors and plain values, and nothing that unpacks to more than the file."""
+    try:
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            with zipfile.ZipFile(io.BytesIO(content)) as file:
+                if sum(member.file_size for member in file.infolist()) > len(content):
+                    raise ValueError("it is compressed, as torch.save never does")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile and torch raise whatever a broken or hostile file leads them to
+        raise InputError(f"{path} is not {what} ({reason(error).split('. ')[0]}); {remedy}") from error
 
 
 def load_weights(network: torch.nn.Module, path: Path) -> dict:
@@ -258,8 +261,8 @@ def load_state(path: Path, key: str, remedy: str) -> dict | None:
     content = path.read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         raise InputError(f"{path} is damaged; {remedy}")
-    state = _load(content[32:])
-    return state if state["key"] == key else None
+    state = _load(content[32:], path, "the state of an interrupted run", remedy)
+    return state if isinstance(state, dict) and state.get("key") == key else None
 
 
 def load_array(path: Path, record: Path, remedy: str) -> np.ndarray:
@@ -269,8 +272,8 @@ def load_array(path: Path, record: Path, remedy: str) -> np.ndarray:
         array = np.load(io.BytesIO(content), allow_pickle=False)
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
             raise ValueError("not an array of numbers")
-    except (ValueError, EOFError, OSError, MemoryError) as error:
-        raise InputError(f"{path} is not a plain .npy array ({reason(error)}); {remedy}") from error
+    except Exception as error:  # numpy raises whatever a broken or hostile file leads it to
+        raise InputError(f"{path} is not a plain .npy array ({reason(error).split('. ')[0]}); {remedy}") from error
     return array
 
 

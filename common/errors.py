@@ -13,7 +13,7 @@ class Diverged(Exception):
 
 def out_of_memory(error: Exception) -> bool:
     """Whether it is for want of memory that numpy, or torch on a GPU or a CPU, gave up."""
-    allocator = isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    allocator = isinstance(error, RuntimeError) and "t allocate memory" in str(error)
     return allocator or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 

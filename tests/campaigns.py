@@ -1,0 +1,388 @@
+"""Campaigns against the scripts and their files: many kills, flipped bits, hostile files, senseless flags.
+
+    python tests/campaigns.py [--kills N] [--flips N] [--fuzz N] [--record FILE]
+
+N kills of each stage, N ways to damage each kind of file, N fuzzed files and as many command lines. The tests run short
+campaigns; `make soak` runs long ones and writes results/soak.json.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "mlp")]
+import model
+from common import artifacts, cli, datasets
+from common.errors import InputError
+
+torch.set_num_threads(1)  # and no other threads, so that processes may be forked
+TRAIN = "--Dataset DIGITS --Val_size 200 --Epoch 4 --Batch_size 128".split()
+GROUPS = "--parent_clusters 50 --children_clusters 30".split()
+
+
+def forked(script: str, *flags) -> int:
+    """Start a script of the MLP in a process of its own, without the seconds that imports take."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.chdir(ROOT / "mlp")
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        sys.argv = [script, *map(str, flags)]
+        runpy.run_path(script, run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        os._exit(code)
+
+
+def finish(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def stages(folder: Path) -> dict[str, tuple[list, Path, list[str]]]:
+    """By stage: script and flags, the folder it writes to and the files of which every byte is determined."""
+    base = folder / "base" / "0"
+    scores = [f"{kind}_cmi_fc1.weight_fc2.weight.npy" for kind in ("I_parent", "Labels", "Labels_children")]
+    score = "--dataset DIGITS --samples_per_class 60 --key_id 0 --cores 1".split()
+    prune = [*TRAIN, *GROUPS, "--Retrain", base / "logits_best.pkl", "--Prune_per", "0.9"]
+    out = folder / "out"
+    return {
+        "1": (
+            ["train_stage1.py", *TRAIN, "--Save_dir", folder / "base"],
+            base,
+            ["logits_best.pkl", "logits_final.pkl"],
+        ),
+        "2": (["pruning_1b.py", *score, *GROUPS, "--weights_dir", base], base, scores),
+        "3": (["retrain_stage3.py", *prune, "--Save_dir", out], out / "0", ["logits_90.00.pkl"]),
+    }
+
+
+def kills(stage: str, count: int, seed: int = 0) -> dict:
+    """Kill a stage at random moments and start it again, until `count` kills are done and the last run has finished.
+
+    Returns
+    -------
+    Number of kills and of finished runs; how many of those had other bytes than an undisturbed run (must be 0), and how
+    many files were seen that were not whole (must be 0).
+    """
+    rng, done = np.random.default_rng([seed, int(stage)]), {"kills": 0, "finished": 0, "other_bytes": 0, "not_whole": 0}
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        for before in range(1, int(stage)):
+            assert finish(forked(*stages(scratch)[str(before)][0])) == 0
+        start = time.monotonic()
+        command, out, names = stages(scratch)[stage]
+        kept = scratch / "kept"
+        shutil.copytree(scratch / "base", kept) if stage != "1" else kept.mkdir()
+        assert finish(forked(*command)) == 0
+        seconds, wanted = time.monotonic() - start, {name: (out / name).read_bytes() for name in names}
+        while done["kills"] < count:
+            shutil.rmtree(scratch / "out", ignore_errors=True)
+            shutil.rmtree(scratch / "base")
+            shutil.copytree(kept, scratch / "base")
+            code = None
+            while code != 0:
+                child = forked(*command)
+                time.sleep(rng.uniform(0, 1.2 * seconds))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL if done["kills"] < count else 0)
+                code = finish(child)
+                assert code in (0, -signal.SIGKILL), f"the restarted run ended with {code}"
+                done["kills"] += code != 0
+                done["not_whole"] += sum(not whole(path) for path in out.glob("[!.]*"))
+            done["finished"] += 1
+            done["other_bytes"] += any((out / name).read_bytes() != wanted[name] for name in names)
+            left = [path.name for path in out.iterdir() if path.suffix in (".lock", ".state")]
+            assert not left, left
+    return done
+
+
+def whole(path: Path) -> bool:
+    """Whether a file is one that its reader takes."""
+    try:
+        if path.suffix == ".json":
+            artifacts.read_json(path)
+        elif path.suffix == ".state":
+            artifacts.load_state(path, "", "")
+        elif path.suffix == ".npy":
+            np.load(path)
+        elif path.suffix == ".pkl":
+            torch.load(path, weights_only=True)
+        return True
+    except (InputError, ValueError, EOFError, RuntimeError):
+        return False
+
+
+def damaged(content: bytes, other: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
+    """One kind of damage: a flipped bit (mostly), the file cut, emptied, or swapped with another of its kind."""
+    kind = rng.choice(["bit", "cut", "emptied", "swapped"], p=[0.91, 0.05, 0.02, 0.02])
+    if kind == "bit":
+        place = rng.integers(len(content))
+        return kind, content[:place] + bytes([content[place] ^ 1 << rng.integers(8)]) + content[place + 1 :]
+    return kind, {"cut": content[: rng.integers(1, len(content))], "emptied": b"", "swapped": other}[kind]
+
+
+def artefacts(folder: Path) -> dict[str, tuple[Path, Path, object]]:
+    """By kind: a file, another of its kind, and how a stage reads it."""
+    torch.manual_seed(0)
+    for name in ("a", "b"):
+        state = {"state_dict": torch.nn.Linear(30, 20).state_dict(), "epoch": 1}
+        scores, labels = np.random.default_rng(ord(name)).random((6, 8)), np.arange(8) % 4 + (name == "b")
+        content = artifacts.checkpoint_bytes(state)
+        artifacts.save({folder / f"{name}.pkl": content}, {"stage": 1, "arguments": {"Lr": 0.1}, "name": name})
+        files = {folder / f"{name}_scores.npy": scores, folder / f"{name}_labels.npy": labels}
+        artifacts.save({path: artifacts.array_bytes(array) for path, array in files.items()}, {"stage": 2})
+        artifacts.save_state(folder / f"{name}.state", {"key": name, "total": torch.from_numpy(scores)})
+
+    def array(path: Path) -> np.ndarray:
+        return artifacts.load_array(path, folder / f"{path.name[0]}_scores.json", "run pruning_1b.py again")
+
+    readers = {
+        "checkpoint": (".pkl", artifacts.load_checkpoint),
+        "scores": ("_scores.npy", array),
+        "labels": ("_labels.npy", array),
+        "record": (".json", artifacts.read_json),
+        "state": (".state", lambda path: artifacts.load_state(path, "a", "remove it") or refuse(path)),
+    }
+    return {kind: (folder / f"a{end}", folder / f"b{end}", read) for kind, (end, read) in readers.items()}
+
+
+def refuse(path: Path) -> None:
+    """A state of another run is not used, which is as good as refused."""
+    raise InputError(f"{path} is of another run")
+
+
+def flips(count: int, seed: int = 0) -> dict:
+    """Damage artefacts of every kind in `count` ways each.
+
+    A record swapped with another one is whole and left out: it no longer fits the checksums of its files.
+
+    Returns
+    -------
+    By kind how many were tried and how many of those were refused with the file's name (must be all).
+    """
+    rng, found = np.random.default_rng(seed), {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for kind, (path, other, read) in artefacts(Path(scratch)).items():
+            content, tried, refused = path.read_bytes(), 0, 0
+            read(path)
+            while tried < count:
+                how, broken = damaged(content, other.read_bytes(), rng)
+                if kind == "record" and how == "swapped":
+                    continue
+                path.write_bytes(broken)
+                tried += 1
+                try:
+                    read(path)
+                except InputError as error:
+                    refused += path.name in str(error)
+            path.write_bytes(content)
+            found[kind] = {"tried": tried, "refused": refused}
+    return found
+
+
+class Code:
+    """Unpickling it creates a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return open, (str(self.canary), "w")
+
+
+def hostile(folder: Path, canary: Path) -> dict[str, tuple[Path, object]]:
+    """Files that others might send, by what they try, and what reads them; none has a record."""
+
+    def checkpoint(path: Path):
+        return artifacts.load_checkpoint(path, plain=True)
+
+    def array(path: Path):
+        return artifacts.load_array(path, folder / "none.json", "make it again")
+
+    def state(path: Path):
+        return artifacts.load_state(path, "key", "remove it")
+
+    def file(name: str, content: bytes) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    def saved(value, **options) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(value, buffer, **options)
+        return buffer.getvalue()
+
+    def numpy_file(header: str, content: bytes = b"") -> bytes:
+        text = header.encode().ljust(117) + b"\n"
+        return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content
+
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        source = zipfile.ZipFile(io.BytesIO(saved({"state_dict": {"a": torch.zeros(50_000_000)}})))
+        for member in source.infolist():
+            archive.writestr(member.filename, source.read(member), zipfile.ZIP_DEFLATED)
+    code, header = Code(canary), "{'descr': %s, 'fortran_order': False, 'shape': %s}"
+    objects = io.BytesIO()
+    np.save(objects, np.array([code], dtype=object), allow_pickle=True)
+    sealed = saved({"key": code})
+    huge = saved({"state_dict": {"a": torch.zeros(1).expand(10**6, 10**6)}})
+    return {
+        "code in a checkpoint": (file("1.pkl", saved({"state_dict": code})), checkpoint),
+        "code in an old checkpoint": (file("2.pkl", saved(code, _use_new_zipfile_serialization=False)), checkpoint),
+        "code in a plain pickle": (file("3.pkl", pickle.dumps(code)), checkpoint),
+        "code in an array": (file("4.npy", objects.getvalue()), array),
+        "code in place of an array": (file("5.npy", pickle.dumps(code)), array),
+        "code in a state": (file("6.state", hashlib.sha256(sealed).digest() + sealed), state),
+        "code as a dtype": (file("7.npy", numpy_file(header % ("__import__('os').getcwd()", "(1,)"))), array),
+        "a compressed checkpoint": (file("8.pkl", bomb.getvalue()), checkpoint),
+        "a tensor larger than its memory": (file("9.pkl", huge), lambda p: artifacts.load_weights(model.MLP(), p)),
+        "an array larger than its file": (file("10.npy", numpy_file(header % ("'<f8'", f"({10**15},)"))), array),
+        "an array of negative size": (file("11.npy", numpy_file(header % ("'<f8'", "(-5,)"), bytes(40))), array),
+        "a header without end": (file("12.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\xff"), array),
+        "a record of a million brackets": (file("13.json", b"[" * 10**6), artifacts.read_json),
+        "a record that is no object": (file("14.json", b"[1]"), artifacts.read_json),
+        "an image of a billion pixels": (file("15.png", png(50_000, 50_000)), datasets.read_image),
+        "an image that is none": (file("16.png", b"\x89PNG\r\n\x1a\n" + bytes(100)), datasets.read_image),
+        "not a number among the weights": (file("17.pkl", saved({"a": torch.tensor([float("nan")])})), checkpoint),
+    }  # fmt: skip
+
+
+def png(width: int, height: int) -> bytes:
+    """The beginning of a picture of that size."""
+    chunk = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+
+
+def fuzz_files(count: int, seed: int = 0) -> dict:
+    """Random bytes, and good files with many random changes and no checksum, to every reader.
+
+    Returns
+    -------
+    How many were read, and how many ended otherwise than with a value or an InputError (must be 0).
+    """
+    rng, found = np.random.default_rng(seed), {"tried": 0, "read": 0, "other_ends": 0}
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        kinds = artefacts(scratch)
+        Image.new("RGB", (8, 8)).save(scratch / "a.png")
+        seeds = {
+            ".pkl": (kinds["checkpoint"][0].read_bytes(), artifacts.load_checkpoint),
+            ".npy": (kinds["scores"][0].read_bytes(), lambda p: artifacts.load_array(p, scratch / "none", "again")),
+            ".json": (kinds["record"][0].read_bytes(), artifacts.read_json),
+            ".state": (kinds["state"][0].read_bytes(), lambda p: artifacts.load_state(p, "a", "remove it")),
+            ".png": ((scratch / "a.png").read_bytes(), datasets.read_image),
+        }
+        for _ in range(count):
+            suffix = rng.choice(list(seeds))
+            good, read = seeds[suffix]
+            content = bytearray(good)
+            for _ in range(rng.integers(1, 20)):
+                content[rng.integers(len(content))] = rng.integers(256)
+            content = (
+                rng.bytes(rng.integers(0, 400))
+                if rng.random() < 0.2
+                else bytes(content[: rng.integers(1, 2 * len(good))])
+            )
+            if suffix == ".state":
+                content = hashlib.sha256(content).digest() + content
+            path = scratch / f"fuzz{suffix}"
+            path.write_bytes(content)
+            found["tried"] += 1
+            try:
+                read(path)
+                found["read"] += 1
+            except InputError:
+                pass
+            except Exception as error:
+                found["other_ends"] += 1
+                print(suffix, repr(error)[:300])
+    return found
+
+
+def fuzz_flags(count: int, seed: int = 0) -> dict:
+    """Random command lines, of legal and of senseless flags and values, to the parsers of the three stages.
+
+    Returns
+    -------
+    How many were taken, how many refused with one line and exit code 2, and how many ended otherwise (must be 0).
+    """
+    rng, found = np.random.default_rng(seed), {"tried": 0, "taken": 0, "refused": 0, "other_ends": 0}
+    words = [
+        "",
+        "0",
+        "1",
+        "-1",
+        "0.5",
+        "1e400",
+        "nan",
+        "-inf",
+        "x",
+        "--",
+        "-",
+        "=",
+        "../..",
+        "\0",
+        "é" * 300,
+        "MNIST",
+        "cmi",
+    ]
+    names = [f"--{name}" for name in cli.FLAGS] + ["--", "--no-Nesterov", "--no-Resume", "--unknown", "-x", "--help=1"]
+    for _ in range(count):
+        argv = [str(rng.choice(names if rng.random() < 0.5 else words)) for _ in range(rng.integers(1, 8))]
+        stage, said = int(rng.integers(1, 4)), io.StringIO()
+        defaults = {1: model.TRAINING, 2: {}, 3: model.RETRAINING}[stage]
+        found["tried"] += 1
+        try:
+            with contextlib.redirect_stderr(said):
+                cli.parse("fuzz", stage, argv, **defaults)
+            found["taken"] += 1
+        except SystemExit as stop:
+            good = stop.code == 2 and said.getvalue().count("\n") == 1
+            found["refused" if good else "other_ends"] += 1
+            if not good:
+                print(argv, stop.code, said.getvalue()[:300])
+        except Exception as error:
+            found["other_ends"] += 1
+            print(argv, repr(error))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("kills", "flips", "fuzz"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    parser.add_argument("--record", type=Path, help="also write what was found here")
+    args, start = parser.parse_args(), time.monotonic()
+    found = {f"kills_of_stage_{stage}": kills(stage, args.kills) for stage in "123"} if args.kills else {}
+    found |= {"damaged_files": flips(args.flips), "fuzzed_files": fuzz_files(args.fuzz)}
+    found |= {"fuzzed_command_lines": fuzz_flags(args.fuzz), "seconds": round(time.monotonic() - start)}
+    print(json.dumps(found, indent=1))
+    if args.record:
+        artifacts.write_json(args.record, {**found, **artifacts.circumstances(torch.device("cpu"))})
+
+
+if __name__ == "__main__":
+    main()
