@@ -94,9 +94,10 @@ network_runs() {
     prune mnist_network/kept-magnitude @kept "$all" --Criterion cmi-magnitude --Refit
     prune mnist_network/kept @kept "$all" --Refit
     prune mnist_network/magnitude_refit "$all" --Criterion magnitude --Refit
-    prune mnist_weights/kept-magnitude_masked @single "$all" "$alone" --Criterion cmi-magnitude
-    prune mnist_weights/kept_masked @single "$all" "$alone"
+    prune mnist_weights/kept-magnitude @single "$all" "$alone" --Criterion cmi-magnitude --Refit
     prune mnist_weights/magnitude "$all" "$alone" --Criterion magnitude
+    prune mnist_weights/kept @single "$all" "$alone" --Refit
+    prune mnist_weights/magnitude_refit "$all" "$alone" --Criterion magnitude --Refit
     prune mnist_weights/random "$all" "$alone" --Criterion random
 }
 
