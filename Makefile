@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 
-.PHONY: demo test soak lint bench tables experiments
+.PHONY: demo test soak audit lint bench tables experiments
 
 demo: .venv/ready
 	PYTHON=$(BIN)/python mlp/demo.sh
@@ -12,6 +12,10 @@ test: .venv/ready
 
 soak: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns.py --kills 100 --flips 5000 --fuzz 50000 --record results/soak.json
+
+audit: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --requirement requirements.txt --disable-pip --no-deps
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ from common.errors import InputError, reason
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 MAKE_AGAIN = "remove it and run what made it again"
+SAFE_TORCH = "2.10"  # the first whose weights_only holds: CVE-2025-32434 (2.6), CVE-2026-24747 (2.10)
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
 
 
@@ -220,6 +221,10 @@ def load_checkpoint(path: Path, *, plain: bool = False) -> dict:
 
 def _load(content: bytes, path: Path, what: str, remedy: str):
     """What torch.save wrote: tensors and plain values, and nothing that unpacks to more than the file."""
+    if torch.__version__ < SAFE_TORCH:
+        raise InputError(
+            f"torch {torch.__version__} may execute code in files that it reads; install {SAFE_TORCH} or newer"
+        )
     try:
         if zipfile.is_zipfile(io.BytesIO(content)):
             with zipfile.ZipFile(io.BytesIO(content)) as file:

@@ -13,9 +13,10 @@ import torch
 from common import artifacts, parallel, scoring
 from common.artifacts import ROOT, public, under_results
 from common.cmi import ESTIMATORS, kde
+from common.cmi.inputs import out_of_memory
 from common.data import Data, load
 from common.datasets import DATASETS
-from common.errors import Diverged, InputError, out_of_memory, reason
+from common.errors import Diverged, InputError, reason
 from common.masks import Blocks, contiguous_blocks
 from common.runs import trained_on
 from common.training import OPTIMIZERS, Recipe

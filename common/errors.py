@@ -1,7 +1,5 @@
 """The two ways in which a run ends early, each with one line for the person who started it."""
 
-import torch
-
 
 class InputError(ValueError):
     """A flag, a file or a combination of them is not usable; raised before any work starts (exit code 2)."""
@@ -9,12 +7,6 @@ class InputError(ValueError):
 
 class Diverged(Exception):
     """The loss is no longer a finite number; what was good before is kept (exit code 1)."""
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether it is for want of memory that numpy, or torch on a GPU or a CPU, gave up."""
-    allocator = isinstance(error, RuntimeError) and "t allocate memory" in str(error)
-    return allocator or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def reason(error: Exception) -> str:

@@ -50,6 +50,24 @@ def test_layer_is_the_literal_double_loop(rng, factor):
     np.testing.assert_allclose(layer_cmi(*data, width=factor, precision="single"), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory"), torch.OutOfMemoryError()])
+def test_tiles_shrink_until_they_fit_into_memory(rng, monkeypatch, error):
+    data, sums = layer(rng), kde._Kernels._sum_terms
+    expected = layer_cmi(*data)
+
+    def scarce(self, rows):
+        if rows.stop - rows.start > limit:
+            raise error
+        return sums(self, rows)
+
+    monkeypatch.setattr(kde._Kernels, "_sum_terms", scarce)
+    limit = 3
+    np.testing.assert_allclose(layer_cmi(*data), expected, rtol=1e-12)
+    limit = 0
+    with pytest.raises(type(error)):
+        layer_cmi(*data)
+
+
 def test_row_whose_products_all_underflow():
     """Row 0's only near neighbour in the child is its farthest in the rest: sums vanish but in the log domain."""
     x = np.r_[0, 0, 1000 + np.arange(30)][:, None].astype(float)

@@ -57,6 +57,15 @@ def test_hostile_files_are_refused_and_nothing_is_executed(tmp_path):
     assert not canary.exists()
 
 
+def test_a_torch_whose_reader_is_unsafe_reads_nothing(tmp_path, monkeypatch):
+    content = artifacts.checkpoint_bytes({"state_dict": {"a": torch.zeros(1)}})
+    (tmp_path / "a.pkl").write_bytes(content)
+    assert artifacts.load_checkpoint(tmp_path / "a.pkl")
+    monkeypatch.setattr("torch.__version__", type(torch.__version__)("2.9.1"))
+    with pytest.raises(InputError, match=r"torch 2\.9\.1 may execute code.*install 2\.10 or newer"):
+        artifacts.load_checkpoint(tmp_path / "a.pkl")
+
+
 def test_fuzzed_files_and_flags_have_defined_ends():
     assert campaigns.fuzz_files(1000)["other_ends"] == 0
     assert campaigns.fuzz_flags(1000)["other_ends"] == 0

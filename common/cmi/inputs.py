@@ -88,3 +88,9 @@ def one_thread_per_worker() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it is for want of memory that numpy, or torch on a GPU or a CPU, gave up."""
+    allocator = isinstance(error, RuntimeError) and "t allocate memory" in str(error)
+    return allocator or isinstance(error, (MemoryError, torch.OutOfMemoryError))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.cmi.inputs import Layer, one_thread_per_worker
+from common.cmi.inputs import Layer, one_thread_per_worker, out_of_memory
 
 WIDTH = 0.25  # kernel width per square root of the number of parent units; see `widths`
 TASK_ROWS = 64  # rows of one task: the unit of parallel work, of progress and of resuming
@@ -129,14 +129,25 @@ class _Kernels:
         torch.set_flush_denormal(True)  # kernels just above underflow would cost four times the time
         tile = TILE if self.device.type == "cpu" else GPU_TILE
         step = max(1, tile // (self.tile_columns * (len(self.rests[0]) + len(self.kids[0]))))
-        total = np.zeros((self.n_children, self.n_parents))
-        for row in range(first, end, step):
-            logs = self._log_sums(slice(row, min(row + step, end)))
-            given_all, given_rest = logs[:, :-1, -1:], logs[:, :-1, :-1]
-            terms = given_all - given_rest + logs[:, -1:, :-1] - logs[:, -1:, -1:]
-            total += terms.sum(0, dtype=torch.float64).cpu().numpy()
+        total, row = np.zeros((self.n_children, self.n_parents)), first
+        while row < end:
+            try:
+                total += self._sum_terms(slice(row, min(row + step, end)))
+            except (MemoryError, RuntimeError) as error:  # a smaller tile may fit
+                if step == 1 or not out_of_memory(error):
+                    raise
+                step //= 2
+                continue
+            row += step
         torch.set_flush_denormal(False)
         return total
+
+    def _sum_terms(self, rows: slice) -> np.ndarray:
+        """As `sum_rows`, in one tile."""
+        logs = self._log_sums(rows)
+        given_all, given_rest = logs[:, :-1, -1:], logs[:, :-1, :-1]
+        terms = given_all - given_rest + logs[:, -1:, :-1] - logs[:, -1:, -1:]
+        return terms.sum(0, dtype=torch.float64).cpu().numpy()
 
     def _whole(self, rows: slice) -> Tensor:
         """Exponents (rows, n) of the kernel of all parents; the largest of each row moved to 0, its own -inf.
