@@ -139,9 +139,9 @@ FLAGS = {
     "Criterion": _flag(
         "3", ("cmi", "cmi-magnitude", "random", "magnitude"), "what ranks the blocks; see the README", "cmi"
     ),
-    "Refit": _flag("3", None, "refit the kept weights by least squares before retraining", action="store_true"),
+    "Refit": _flag("3", None, "refit the kept weights by least squares before retraining", action=SWITCH),
     "Samples_per_class": _flag("3", COUNT, "training images of each class to refit with"),
-    "Even": _flag("3", None, "spread the kept blocks evenly over child and parent groups", action="store_true"),
+    "Even": _flag("3", None, "spread the kept blocks evenly over child and parent groups", action=SWITCH),
     "model": _flag("2", None, "the network of this folder"),
     "dataset": _flag("2", DATASETS, "data set"),
     "weights_dir": _flag("2", results_path, "where logits_best.pkl lies and the scores go"),

@@ -46,10 +46,10 @@ fc2_scores() {
 }
 fc2_runs() {
     for share in $shares; do
-        prune mnist_mlp/correlated_spread @correlated --Prune_per "$share" --Even
-        prune mnist_mlp/kept_spread @kept --Prune_per "$share" --Even
-        prune mnist_mlp/magnitude_spread @cmi --Criterion magnitude --Prune_per "$share" --Even
-        prune mnist_mlp/random_spread @cmi --Criterion random --Prune_per "$share" --Even
+        prune mnist_mlp/correlated_spread @correlated --Prune_per "$share" --Even --no-Refit
+        prune mnist_mlp/kept_spread @kept --Prune_per "$share" --Even --no-Refit
+        prune mnist_mlp/magnitude_spread @cmi --Criterion magnitude --Prune_per "$share" --Even --no-Refit
+        prune mnist_mlp/random_spread @cmi --Criterion random --Prune_per "$share" --Even --no-Refit
         prune mnist_mlp/correlated_even @correlated --Prune_per "$share" --Even --Refit
         prune mnist_mlp/random_correlated_even @correlated --Criterion random --Prune_per "$share" --Even --Refit
         prune mnist_mlp/magnitude_correlated_even @correlated --Criterion magnitude --Prune_per "$share" --Even --Refit
@@ -58,23 +58,25 @@ fc2_runs() {
         prune mnist_mlp/cmi_even @cmi --Prune_per "$share" --Even --Refit
         prune mnist_mlp/magnitude_even @cmi --Criterion magnitude --Prune_per "$share" --Even --Refit
         prune mnist_mlp/random_even @cmi --Criterion random --Prune_per "$share" --Even --Refit
-        prune mnist_mlp/cmi @cmi --Prune_per "$share"
-        prune mnist_mlp/magnitude @cmi --Criterion magnitude --Prune_per "$share"
-        prune mnist_mlp/random @cmi --Criterion random --Prune_per "$share"
+        prune mnist_mlp/cmi @cmi --Prune_per "$share" --no-Refit --no-Even
+        prune mnist_mlp/magnitude @cmi --Criterion magnitude --Prune_per "$share" --no-Refit --no-Even
+        prune mnist_mlp/random @cmi --Criterion random --Prune_per "$share" --no-Refit --no-Even
     done
 }
 
-# fc2 again, the epochs chosen on images that were held out of all training.
+# fc2 again; 3,000 images that are held out of all training choose the epochs, and between two rules.
 validated_scores() {
     dense
+    score cmi --key_id 0
     score correlated --key_id 0 --estimator gaussian --given kept --grouping correlation
 }
 validated_runs() {
+    prune mnist_validated/cmi_even @cmi --Prune_per 0.975 --Even --Refit
     prune mnist_validated/correlated_even @correlated --Prune_per 0.975 --Even --Refit
 }
 
 # All three layers, 98.5 % of all weights: in blocks of 5 or 6 weights, and weight by weight.
-all="--children_key fc1.weight fc2.weight final.weight --Prune_per 0.985 --Prune_of_network"
+all="--children_key fc1.weight fc2.weight final.weight --Prune_per 0.985 --Prune_of_network --no-Even"
 alone="--parent_clusters 784 500 300 --children_clusters 500 300 10"
 network_scores() {
     score cmi --key_id 0 --split_half
@@ -84,21 +86,21 @@ network_scores() {
         --parent_clusters 500 300 784 --children_clusters 300 10 500 # in the order of the pairs of stage 2
 }
 network_runs() {
-    prune mnist_network/kept-magnitude_masked @kept "$all" --Criterion cmi-magnitude
-    prune mnist_network/kept_masked @kept "$all"
-    prune mnist_network/magnitude "$all" --Criterion magnitude
-    prune mnist_network/random "$all" --Criterion random
-    prune mnist_network/magnitude_shares @kept "$all" --Criterion magnitude
-    prune mnist_network/random_shares @kept "$all" --Criterion random
-    prune mnist_network/cmi @cmi "$all"
+    prune mnist_network/kept-magnitude_masked @kept "$all" --Criterion cmi-magnitude --no-Refit
+    prune mnist_network/kept_masked @kept "$all" --no-Refit
+    prune mnist_network/magnitude "$all" --Criterion magnitude --no-Refit
+    prune mnist_network/random "$all" --Criterion random --no-Refit
+    prune mnist_network/magnitude_shares @kept "$all" --Criterion magnitude --no-Refit
+    prune mnist_network/random_shares @kept "$all" --Criterion random --no-Refit
+    prune mnist_network/cmi @cmi "$all" --no-Refit
     prune mnist_network/kept-magnitude @kept "$all" --Criterion cmi-magnitude --Refit
     prune mnist_network/kept @kept "$all" --Refit
     prune mnist_network/magnitude_refit "$all" --Criterion magnitude --Refit
     prune mnist_weights/kept-magnitude @single "$all" "$alone" --Criterion cmi-magnitude --Refit
-    prune mnist_weights/magnitude "$all" "$alone" --Criterion magnitude
+    prune mnist_weights/magnitude "$all" "$alone" --Criterion magnitude --no-Refit
     prune mnist_weights/kept @single "$all" "$alone" --Refit
     prune mnist_weights/magnitude_refit "$all" "$alone" --Criterion magnitude --Refit
-    prune mnist_weights/random "$all" "$alone" --Criterion random
+    prune mnist_weights/random "$all" "$alone" --Criterion random --no-Refit
 }
 
 # Experiment 2: other numbers of groups and of images, at the paper's shares: GROUPS SAMPLES SHARE.
@@ -119,7 +121,7 @@ groups_runs() {
     echo "$rows" | while read -r groups samples share; do
         for criterion in cmi random magnitude; do
             prune "mnist_groups/${groups}_${samples}_$criterion" "@${groups}_$samples" --Criterion "$criterion" \
-                --Prune_per "$share" --parent_clusters "$groups" --children_clusters "$groups"
+                --Prune_per "$share" --parent_clusters "$groups" --children_clusters "$groups" --no-Refit --no-Even
         done
     done
 }

@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")"
 python=${PYTHON:-python}
-train="--Dataset DIGITS --Val_size 200 --Batch_size 128 --Epoch 20 --Milestones 10 15 --Expt_rerun 3"
+train="--Dataset DIGITS --Val_size 200 --Batch_size 128 --Epoch 20 --Milestones 10 15 --Expt_rerun 3 --Samples_per_class 110"
 groups="--parent_clusters 125 --children_clusters 75"
 
 $python train_stage1.py --Dataset DIGITS --Val_size 200 --Batch_size 64 --Save_dir demo/baseline

@@ -68,6 +68,7 @@ def stages(folder: Path) -> dict[str, tuple[list, Path, list[str]]]:
     scores = [f"{kind}_cmi_fc1.weight_fc2.weight.npy" for kind in ("I_parent", "Labels", "Labels_children")]
     score = "--dataset DIGITS --samples_per_class 60 --key_id 0 --cores 1".split()
     prune = [*TRAIN, *GROUPS, "--Retrain", base / "logits_best.pkl", "--Prune_per", "0.9"]
+    prune += ["--Samples_per_class", "60"]
     out = folder / "out"
     return {
         "1": (

@@ -21,6 +21,7 @@ from common.cmi import ESTIMATORS
 STAGE1, STAGE2, STAGE3 = "train_stage1.py", "pruning_1b.py", "retrain_stage3.py"
 TRAIN = "--Dataset DIGITS --Val_size 200 --Epoch 3 --Batch_size 64".split()
 GROUPS = "--parent_clusters 50 --children_clusters 30".split()
+PLAIN = "--no-Even --no-Refit".split()  # the paper's rule
 SCORE = ["--dataset", "DIGITS", "--samples_per_class", "40", *GROUPS]
 
 
@@ -45,7 +46,7 @@ def base(tmp_path_factory):
 
 def prune(base, out, *flags):
     source = ["--Retrain", base / "0" / "logits_best.pkl", "--Save_dir", out]
-    return [STAGE3, *TRAIN, *source, *([] if "--parent_clusters" in flags else GROUPS), *flags]
+    return [STAGE3, *TRAIN, *PLAIN, *source, *([] if "--parent_clusters" in flags else GROUPS), *flags]
 
 
 def test_stage_1_writes_checkpoints_records_and_epochs(base):
@@ -256,7 +257,7 @@ def test_diverging_keeps_the_last_good_checkpoint_and_fails(tmp_path, call):
     assert all(v.isfinite().all() for v in state.values())
 
 
-LEGAL = "--Save_dir {out} --Retrain {base}/0/logits_best.pkl --Prune_per 0.9".split()
+LEGAL = "--no-Even --no-Refit --Save_dir {out} --Retrain {base}/0/logits_best.pkl --Prune_per 0.9".split()
 BAD = [
     (STAGE1, "--Dataset CIFAR9 --Save_dir {out}", "argument --Dataset: invalid choice: 'CIFAR9'.*MNIST.*DIGITS"),
     (STAGE1, "--Epoch 0", "argument --Epoch: 0 is not a whole number at least 1"),
@@ -339,7 +340,18 @@ def test_damaged_files_are_named(base, tmp_path, call, damage):
         scores.with_suffix(".json").unlink()
     else:
         scores.write_bytes((copy / "I_parent_cmi_fc2.weight_final.weight.npy").read_bytes())
-    flags = [STAGE3, *TRAIN, *GROUPS, "--Retrain", checkpoint, "--Save_dir", tmp_path / "out", "--Prune_per", "0.9"]
+    flags = [
+        STAGE3,
+        *TRAIN,
+        *PLAIN,
+        *GROUPS,
+        "--Retrain",
+        checkpoint,
+        "--Save_dir",
+        tmp_path / "out",
+        "--Prune_per",
+        "0.9",
+    ]
     message = call(*flags, code=2)
     assert (checkpoint if damage == "truncated" else scores).name in message
     assert "run " in message
