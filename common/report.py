@@ -129,6 +129,8 @@ def overview(folder: Path) -> str:
         "| rule | " + " | ".join(f"{share:.4g} % pruned" for share in shares) + " |",
         "|---" * (len(shares) + 1) + "|",
     ]
+    if baselines(folder):
+        lines.append(f"| dense | {mean_std(accuracies(baselines(folder)))}" + " |" * len(shares))
     for name in sorted({name for _, name in points}):
         cells = []
         for share in shares:

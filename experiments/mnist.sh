@@ -90,8 +90,8 @@ network_runs() {
     prune mnist_network/kept_masked @kept "$all" --no-Refit
     prune mnist_network/magnitude "$all" --Criterion magnitude --no-Refit
     prune mnist_network/random "$all" --Criterion random --no-Refit
-    prune mnist_network/magnitude_shares @kept "$all" --Criterion magnitude --no-Refit
-    prune mnist_network/random_shares @kept "$all" --Criterion random --no-Refit
+    prune mnist_network/magnitude_shares @kept "$all" --Criterion magnitude --Refit
+    prune mnist_network/random_shares @kept "$all" --Criterion random --Refit
     prune mnist_network/cmi @cmi "$all" --no-Refit
     prune mnist_network/kept-magnitude @kept "$all" --Criterion cmi-magnitude --Refit
     prune mnist_network/kept @kept "$all" --Refit

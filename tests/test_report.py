@@ -51,6 +51,7 @@ def test_overview_has_a_line_per_rule_and_a_column_per_share(folder):
     assert report.overview(folder).splitlines() == [
         "| rule | 90 % pruned | 95 % pruned |",
         "|---|---|---|",
+        "| dense | 98.00 | |",
         "| cmi | 10.0 → ? → 98.00 ± 1.41 |  |",
         "| random | 10.0 → 20.0 → 95.00 | 10.0 → ? → 90.00 |",
     ]
