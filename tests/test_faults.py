@@ -8,13 +8,13 @@ import sys
 import time
 from functools import partial
 
-import campaigns
 import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, record
 from PIL import Image
 
+import campaigns
 from common import activations, artifacts, cli, masks, refit
 from common.cmi import layer_cmi
 from common.data import Split, load
