@@ -46,22 +46,20 @@ fc2_scores() {
 }
 fc2_runs() {
     for share in $shares; do
-        prune mnist_mlp/correlated_spread @correlated --Prune_per "$share" --Even --no-Refit
-        prune mnist_mlp/kept_spread @kept --Prune_per "$share" --Even --no-Refit
-        prune mnist_mlp/magnitude_spread @cmi --Criterion magnitude --Prune_per "$share" --Even --no-Refit
-        prune mnist_mlp/random_spread @cmi --Criterion random --Prune_per "$share" --Even --no-Refit
         prune mnist_mlp/correlated_even @correlated --Prune_per "$share" --Even --Refit
-        prune mnist_mlp/random_correlated_even @correlated --Criterion random --Prune_per "$share" --Even --Refit
-        prune mnist_mlp/magnitude_correlated_even @correlated --Criterion magnitude --Prune_per "$share" --Even --Refit
         prune mnist_mlp/kept_even @kept --Prune_per "$share" --Even --Refit
-        prune mnist_mlp/kept-magnitude_even @kept --Criterion cmi-magnitude --Prune_per "$share" --Even --Refit
         prune mnist_mlp/cmi_even @cmi --Prune_per "$share" --Even --Refit
         prune mnist_mlp/magnitude_even @cmi --Criterion magnitude --Prune_per "$share" --Even --Refit
         prune mnist_mlp/random_even @cmi --Criterion random --Prune_per "$share" --Even --Refit
-        prune mnist_mlp/cmi @cmi --Prune_per "$share" --no-Refit --no-Even
-        prune mnist_mlp/magnitude @cmi --Criterion magnitude --Prune_per "$share" --no-Refit --no-Even
-        prune mnist_mlp/random @cmi --Criterion random --Prune_per "$share" --no-Refit --no-Even
+        prune mnist_mlp/cmi @cmi --Prune_per "$share" --no-Even --no-Refit
+        prune mnist_mlp/magnitude @cmi --Criterion magnitude --Prune_per "$share" --no-Even --no-Refit
+        prune mnist_mlp/random @cmi --Criterion random --Prune_per "$share" --no-Even --no-Refit
     done
+    most=${shares%% *} # what else was tried, at the largest share only
+    prune mnist_mlp/correlated_spread @correlated --Prune_per "$most" --Even --no-Refit
+    prune mnist_mlp/random_correlated_even @correlated --Criterion random --Prune_per "$most" --Even --Refit
+    prune mnist_mlp/magnitude_correlated_even @correlated --Criterion magnitude --Prune_per "$most" --Even --Refit
+    prune mnist_mlp/kept-magnitude_even @kept --Criterion cmi-magnitude --Prune_per "$most" --Even --Refit
 }
 
 # fc2 again; 3,000 images that are held out of all training choose the epochs, and between two rules.
