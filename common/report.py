@@ -7,7 +7,7 @@ python -m common.report                    all committed folders: results/README
 import argparse
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -22,8 +22,8 @@ import matplotlib.pyplot as plt
 
 COLOURS = {
     "cmi": "tab:blue",
-    "cmi (kept)": "tab:green",
-    "cmi-magnitude (kept)": "tab:cyan",
+    "cmi (kept)": "tab:cyan",
+    "cmi (correlated)": "tab:green",
     "magnitude": "tab:orange",
     "random": "tab:gray",
 }
@@ -218,9 +218,14 @@ def scoring_table(folder: Path) -> str:
 
 
 def figure(folder: Path, target: Path, title: str, paper: dict | None = None) -> None:
-    """Accuracy against pruned share, before and after retraining: mean and standard deviation over runs."""
+    """Accuracy against pruned share, before and after retraining: mean and standard deviation over runs.
+
+    Rules that ran at a single share of several are left to the tables.
+    """
     points = by_point(folder)
     shares = sorted({share for share, _ in points})
+    ran = Counter(name for _, name in points)
+    points = {point: runs for point, runs in points.items() if ran[point[1]] > 1 or len(shares) == 1}
     of = paper["pruned_of"] if paper else "masked_layers"
     pruned = [
         np.mean([r[f"pruned_percent_{of}"] for (s, _), rs in points.items() if s == x for r in rs]) for x in shares
@@ -230,7 +235,7 @@ def figure(folder: Path, target: Path, title: str, paper: dict | None = None) ->
         names = sorted({rule for _, rule in points})
         for k, name in enumerate(names):
             values = [accuracies(points.get((share, name), []), when) for share in shares]
-            x = np.arange(len(shares)) + 0.06 * (k - (len(names) - 1) / 2)
+            x = np.arange(len(shares)) + 0.04 * (k - (len(names) - 1) / 2)
             mean = [np.mean(v) if v else np.nan for v in values]
             std = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
             criterion, *more = name.split(", ")
