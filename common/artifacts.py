@@ -76,7 +76,7 @@ def alone(path: Path) -> Iterator[None]:
     if parallel.rank():
         yield
         return
-    lock = path.with_name(f".{path.name}.lock")
+    lock, new = path.with_name(f".{path.name}.lock"), absent(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _locked(lock)
@@ -91,6 +91,19 @@ def alone(path: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+            remove_empty(new)
+
+
+def absent(folder: Path) -> list[Path]:
+    """The folder and those above it, as far as they do not exist."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders that were made for nothing."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _locked(lock: Path) -> io.TextIOWrapper:

@@ -93,13 +93,11 @@ DATASETS = {
 def _downloaded(folder: Path, name: str, where: Path, remedy: str):
     """torchvision's training and test set; the files are downloaded if they are absent."""
     dataset = getattr(torchvision().datasets, name)
-    new = [path for path in (where, *where.parents) if not path.exists()]
+    new = artifacts.absent(where)
     try:
         return [dataset(folder, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, ValueError) as error:
-        with contextlib.suppress(OSError):  # leave no empty folders; one that holds part of a download stays
-            for path in new:
-                path.rmdir()
+        artifacts.remove_empty(new)  # one that holds part of a download stays
         raise InputError(
             f"--Dataset {name}: no usable files in {where} and no download ({reason(error)}); {remedy}, "
             "or name another --Data_dir"
