@@ -437,7 +437,9 @@ def run(main: Callable[[], None]) -> None:
     except Diverged as error:
         sys.exit(_say(name, error, 1))
     except KeyboardInterrupt:
-        sys.exit(_say(name, f"interrupted; {GO_ON}", 130))
+        _say(name, f"interrupted; {GO_ON}", 130)
+        sys.stdout.flush()
+        os._exit(130)  # at once: workers that are still at it would abort Python's own way out
 
 
 def script(work: Callable) -> Callable:

@@ -142,7 +142,8 @@ def test_two_processes_train_as_one_does(tmp_path):
     for path in (ROOT / "mlp").glob("*.py"):
         (copy / "net" / path.name).write_text(path.read_text().replace("Dropout(0.2)", "Dropout(0.0)"))
     train = "--Dataset DIGITS --Val_size 200 --Epoch 3 --Batch_size 64 --Milestones 2 --Lr 0.02".split()
-    prune = [*train, "--Criterion", "magnitude", "--Prune_per", "0.8", "--Retrain", tmp_path / "1/0/logits_best.pkl"]
+    plain = "--Criterion magnitude --Prune_per 0.8 --no-Even --no-Refit".split()
+    prune = [*train, *plain, "--Retrain", tmp_path / "1/0/logits_best.pkl"]
     shell(copy / "net", "train_stage1.py", *train, "--Save_dir", tmp_path / "1")
     shell(copy / "net", "retrain_stage3.py", *prune, "--Save_dir", tmp_path / "3")
     torchrun(copy / "net", "train_stage1.py", *train, "--Save_dir", tmp_path / "2")
