@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from campaigns import Code
 from common import artifacts
 from common.errors import InputError
 
@@ -18,16 +19,6 @@ def checkpoint(tmp_path):
     content = artifacts.checkpoint_bytes({"state_dict": nn.Linear(3, 2).state_dict(), "epoch": 7})
     artifacts.save({path: content}, {"status": "complete"})
     return path
-
-
-class Bomb:
-    """Unpickling it would create the file."""
-
-    def __init__(self, canary):
-        self.canary = canary
-
-    def __reduce__(self):
-        return (open, (str(self.canary), "w"))
 
 
 def test_checkpoint_round_trip(checkpoint):
@@ -62,10 +53,10 @@ def test_a_truncated_checkpoint_is_refused_also_without_record(checkpoint, lengt
 
 def test_code_in_a_checkpoint_is_not_executed(tmp_path):
     path, canary = tmp_path / "evil.pkl", tmp_path / "canary"
-    torch.save({"state_dict": Bomb(canary)}, path)
+    torch.save({"state_dict": Code(canary)}, path)
     with pytest.raises(InputError, match="is not a checkpoint of tensors and plain values"):
         artifacts.load_checkpoint(path)
-    path.write_bytes(pickle.dumps(Bomb(canary), protocol=2))
+    path.write_bytes(pickle.dumps(Code(canary), protocol=2))
     with pytest.raises(InputError, match="is not a checkpoint of tensors and plain values"):
         artifacts.load_checkpoint(path)
     assert not canary.exists()
@@ -85,10 +76,10 @@ def test_weights_of_another_network_name_the_layer(checkpoint):
 
 def test_pickled_arrays_are_not_executed(tmp_path):
     path, canary = tmp_path / "x.npy", tmp_path / "canary"
-    np.save(path, np.array([Bomb(canary)], dtype=object), allow_pickle=True)
+    np.save(path, np.array([Code(canary)], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match=r"x\.npy is not a plain \.npy array"):
         artifacts.load_array(path, tmp_path / "x.json", "make it again")
-    path.write_bytes(pickle.dumps(Bomb(canary)))
+    path.write_bytes(pickle.dumps(Code(canary)))
     with pytest.raises(InputError, match=r"x\.npy is not a plain \.npy array"):
         artifacts.load_array(path, tmp_path / "x.json", "make it again")
     assert not canary.exists()
