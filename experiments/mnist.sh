@@ -64,7 +64,6 @@ fc2_runs() {
 
 # fc2 again; 3,000 images that are held out of all training choose the epochs, and between two rules.
 validated_scores() {
-    dense
     score cmi --key_id 0
     score correlated --key_id 0 --estimator gaussian --given kept --grouping correlation
 }
@@ -134,10 +133,13 @@ for name in $experiments; do
         ;;
     esac
 done
-[ -n "${LIST:-}" ] || dense
 for name in $experiments; do
     (
-        [ "$name" != validated ] || base=mnist_validated/baseline select=val
+        case $name in # these have networks of their own
+        validated) base=mnist_validated/baseline select=val ;;
+        groups) base=mnist_groups/baseline ;;
+        esac
+        [ -n "${LIST:-}" ] || dense
         [ -n "${LIST:-}" ] || "${name}_scores"
         "${name}_runs" | if [ -n "${LIST:-}" ]; then cat; else xargs -P "$jobs" -I {} sh -c '{}'; fi
     )
