@@ -166,7 +166,7 @@ def _row(path: str, label: int) -> np.ndarray | str:
 def unreadable(errors: dict[int, str], skip: bool) -> None:
     """Say which image files were left out, or refuse them."""
     if not skip:
-        raise InputError(f"{next(iter(errors.values()))}; --Skip_unreadable leaves such files out")
+        raise InputError(f"{next(iter(errors.values()))}; --Skip_unreadable (stage 2: --skip_unreadable) leaves such files out")
     for error in errors.values():
         print(f"left out: {error}", file=sys.stderr)
 

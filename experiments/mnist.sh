@@ -62,14 +62,36 @@ fc2_runs() {
     prune mnist_mlp/kept-magnitude_even @kept --Criterion cmi-magnitude --Prune_per "$most" --Even --Refit
 }
 
-# fc2 again; 3,000 images that are held out of all training choose the epochs, and between two rules.
+# fc2 again; 3,000 images that are held out of all training choose the epochs, and how strongly weights decay.
 validated_scores() {
+    score cmi --key_id 0
+}
+validated_runs() {
+    for decay in 0.0001 0.0005 0.001; do
+        prune "mnist_validated/cmi_$decay" @cmi --Prune_per 0.975 --Even --Refit --Weight_decay "$decay"
+    done
+    for criterion in random magnitude; do
+        prune "mnist_validated/${criterion}_0.0005" @cmi --Criterion $criterion --Prune_per 0.975 --Even --Refit \
+            --Weight_decay 0.0005
+    done
+}
+
+# fc2 again, retrained for three epochs at a tenth of the learning rate.
+short_scores() {
     score cmi --key_id 0
     score correlated --key_id 0 --estimator gaussian --given kept --grouping correlation
 }
-validated_runs() {
-    prune mnist_validated/cmi_even @cmi --Prune_per 0.975 --Even --Refit
-    prune mnist_validated/correlated_even @correlated --Prune_per 0.975 --Even --Refit
+short_runs() {
+    for share in $shares; do
+        short="--Prune_per $share --Epoch 3 --Lr 0.01 --Milestones 2"
+        prune mnist_short/correlated_even @correlated "$short" --Even --Refit
+        prune mnist_short/cmi_even @cmi "$short" --Even --Refit
+        prune mnist_short/cmi @cmi "$short" --no-Even --no-Refit
+        for criterion in magnitude random; do
+            prune mnist_short/${criterion}_even @cmi "$short" --Criterion $criterion --Even --Refit
+            prune mnist_short/$criterion @cmi "$short" --Criterion $criterion --no-Even --no-Refit
+        done
+    done
 }
 
 # All three layers, 98.5 % of all weights: in blocks of 5 or 6 weights, and weight by weight.

@@ -271,6 +271,31 @@ def hostile(folder: Path, canary: Path) -> dict[str, tuple[Path, object]]:
     }  # fmt: skip
 
 
+def hostile_files() -> dict:
+    """Let every hostile file be read.
+
+    Returns
+    -------
+    How many were tried, how many of those refused within five seconds and in one line with the file's name (must be
+    all), and how many executed what they hold (must be 0).
+    """
+    found = {"tried": 0, "refused": 0, "executed": 0}
+    with tempfile.TemporaryDirectory() as scratch:
+        canary = Path(scratch) / "canary"
+        for attempt, (path, read) in hostile(Path(scratch), canary).items():
+            found["tried"] += 1
+            start = time.monotonic()
+            try:
+                read(path)
+                print(attempt, "was read")
+            except InputError as error:
+                in_time = time.monotonic() - start < 5
+                found["refused"] += in_time and path.name in str(error) and "\n" not in str(error)
+            found["executed"] += canary.exists()
+            canary.unlink(missing_ok=True)
+    return found
+
+
 def png(width: int, height: int) -> bytes:
     """The beginning of a picture of that size."""
     chunk = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
@@ -323,6 +348,64 @@ def fuzz_files(count: int, seed: int = 0) -> dict:
     return found
 
 
+MISSING = object()
+WHOLE = ["0", "-1", "1.5", "nan", "inf", "x", ""]
+TABLE = {  # flags: what they must refuse
+    "Epoch Batch_size Dims Expt_rerun Milestones Samples_per_class": WHOLE,
+    "cores dims samples_per_class null parent_clusters children_clusters": WHOLE,
+    "bootstrap": ["1", *WHOLE],
+    "Device_ids Seed Workers Val_size key_id seed device_ids": WHOLE[1:],
+    "upper_prune_limit upper_prune_per lower_prune_per Prune_per": ["-0.1", "1.01", "nan", "inf", "x", ""],
+    "prune_per_step": ["0", "-0.1", "2", "nan", "x", ""],
+    "Lr Gamma width": ["0", "-1", "nan", "inf", "x", ""],
+    "Weight_decay": ["-1", "nan", "inf", "x", ""],
+    "Dataset Opt Model Select Criterion model dataset estimator given precision device grouping": ["?", ""],
+    "Save_dir Data_dir Weights Retrain Retrain_mask Labels_file Labels_children_file weights_dir data_dir": [""],
+    "name_postfix": ["", "../x", "a/b", "a b", "\0"],
+    "Nesterov Amp Resume Compile Prune_of_network Refit Even Skip_unreadable skip_unreadable split_half": ["=1"],
+    "Classes classes parent_key children_key": [MISSING],
+}
+ILLEGAL = {name: values for names, values in TABLE.items() for name in names.split()}
+
+
+def parsed(stage: int, argv: list[str], **defaults) -> tuple[int | None, str]:
+    """Exit code (None: the command line was taken) and what was said on standard error."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            cli.parse("doc", stage, argv, **defaults)
+        return None, said.getvalue()
+    except SystemExit as stop:
+        return stop.code, said.getvalue()
+
+
+def illegal_flags() -> dict:
+    """Every flag of every stage with every value that it must refuse, without its value, and misspelt.
+
+    Returns
+    -------
+    How many were tried, and how many refused with exit code 2 and one line that names the flag (must be all).
+    """
+    cases = [
+        (stage, name, value)
+        for name, flag in cli.FLAGS.items()
+        for stage in map(int, flag["stages"])
+        for value in [*ILLEGAL[name], *([MISSING] if "action" not in flag and flag.get("nargs") != "*" else [])]
+    ]
+    misspelt = sorted({(stage, name[:-1], "1") for stage, name, _ in cases if name[:-1] not in cli.FLAGS})
+    found = {"tried": 0, "refused": 0}
+    for stage, name, value in cases + misspelt:
+        argv = [f"--{name}"] if value is MISSING else [f"--{name}=1"] if value == "=1" else [f"--{name}", value]
+        others = [] if stage != 2 or name == "key_id" else ["--key_id", "0"]
+        code, said = parsed(stage, [*others, *argv], Model="mlp", model="mlp")
+        good = code == 2 and said.count("\n") == 1 and name in said
+        found["tried"] += 1
+        found["refused"] += good
+        if not good:
+            print(argv, code, said[:300])
+    return found
+
+
 def fuzz_flags(count: int, seed: int = 0) -> dict:
     """Random command lines, of legal and of senseless flags and values, to the parsers of the three stages.
 
@@ -353,21 +436,16 @@ def fuzz_flags(count: int, seed: int = 0) -> dict:
     names = [f"--{name}" for name in cli.FLAGS] + ["--", "--no-Nesterov", "--no-Resume", "--unknown", "-x", "--help=1"]
     for _ in range(count):
         argv = [str(rng.choice(names if rng.random() < 0.5 else words)) for _ in range(rng.integers(1, 8))]
-        stage, said = int(rng.integers(1, 4)), io.StringIO()
-        defaults = {1: model.TRAINING, 2: {}, 3: model.RETRAINING}[stage]
+        stage = int(rng.integers(1, 4))
         found["tried"] += 1
         try:
-            with contextlib.redirect_stderr(said):
-                cli.parse("fuzz", stage, argv, **defaults)
-            found["taken"] += 1
-        except SystemExit as stop:
-            good = stop.code == 2 and said.getvalue().count("\n") == 1
-            found["refused" if good else "other_ends"] += 1
-            if not good:
-                print(argv, stop.code, said.getvalue()[:300])
+            code, said = parsed(stage, argv, **{1: model.TRAINING, 2: {}, 3: model.RETRAINING}[stage])
         except Exception as error:
-            found["other_ends"] += 1
-            print(argv, repr(error))
+            code, said = 1, repr(error)
+        end = "taken" if code is None else "refused" if code == 2 and said.count("\n") == 1 else "other_ends"
+        found[end] += 1
+        if end == "other_ends":
+            print(argv, code, said[:300])
     return found
 
 
@@ -378,8 +456,9 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="also write what was found here")
     args, start = parser.parse_args(), time.monotonic()
     found = {f"kills_of_stage_{stage}": kills(stage, args.kills) for stage in "123"} if args.kills else {}
-    found |= {"damaged_files": flips(args.flips), "fuzzed_files": fuzz_files(args.fuzz)}
-    found |= {"fuzzed_command_lines": fuzz_flags(args.fuzz), "seconds": round(time.monotonic() - start)}
+    found |= {"damaged_files": flips(args.flips), "hostile_files": hostile_files(), "illegal_flags": illegal_flags()}
+    found |= {"fuzzed_files": fuzz_files(args.fuzz), "fuzzed_command_lines": fuzz_flags(args.fuzz)}
+    found["seconds"] = round(time.monotonic() - start)
     print(json.dumps(found, indent=1))
     if args.record:
         artifacts.write_json(args.record, {**found, **artifacts.circumstances(torch.device("cpu"))})

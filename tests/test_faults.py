@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from conftest import ENVIRONMENT, ROOT, record
 from PIL import Image
 
 import campaigns
-from common import activations, artifacts, cli, masks, refit
+from common import activations, artifacts, masks, refit
 from common.cmi import layer_cmi
 from common.data import Split, load
 from common.errors import InputError
@@ -45,16 +46,10 @@ def test_damage_of_every_kind_of_file_is_noticed():
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_hostile_files_are_refused_and_nothing_is_executed(tmp_path):
-    canary = tmp_path / "canary"
-    for attempt, (path, read) in campaigns.hostile(tmp_path, canary).items():
-        start = time.monotonic()
-        with pytest.raises(InputError) as refusal:
-            read(path)
-        assert path.name in str(refusal.value), attempt
-        assert "\n" not in str(refusal.value), attempt
-        assert time.monotonic() - start < 5, attempt
-    assert not canary.exists()
+def test_hostile_files_are_refused_and_nothing_is_executed():
+    found = campaigns.hostile_files()
+    assert found["tried"] == found["refused"] > 15
+    assert found["executed"] == 0
 
 
 def test_a_torch_whose_reader_is_unsafe_reads_nothing(tmp_path, monkeypatch):
@@ -71,44 +66,10 @@ def test_fuzzed_files_and_flags_have_defined_ends():
     assert campaigns.fuzz_flags(1000)["other_ends"] == 0
 
 
-MISSING = object()
-WHOLE = ["0", "-1", "1.5", "nan", "inf", "x", ""]
-TABLE = {  # flags: what they must refuse
-    "Epoch Batch_size Dims Expt_rerun Milestones Samples_per_class": WHOLE,
-    "cores dims samples_per_class null parent_clusters children_clusters": WHOLE,
-    "bootstrap": ["1", *WHOLE],
-    "Device_ids Seed Workers Val_size key_id seed device_ids": WHOLE[1:],
-    "upper_prune_limit upper_prune_per lower_prune_per Prune_per": ["-0.1", "1.01", "nan", "inf", "x", ""],
-    "prune_per_step": ["0", "-0.1", "2", "nan", "x", ""],
-    "Lr Gamma width": ["0", "-1", "nan", "inf", "x", ""],
-    "Weight_decay": ["-1", "nan", "inf", "x", ""],
-    "Dataset Opt Model Select Criterion model dataset estimator given precision device grouping": ["?", ""],
-    "Save_dir Data_dir Weights Retrain Retrain_mask Labels_file Labels_children_file weights_dir data_dir": [""],
-    "name_postfix": ["", "../x", "a/b", "a b", "\0"],
-    "Nesterov Amp Resume Compile Prune_of_network Refit Even Skip_unreadable skip_unreadable split_half": ["=1"],
-    "Classes classes parent_key children_key": [MISSING],
-}
-ILLEGAL = {name: values for names, values in TABLE.items() for name in names.split()}
-CASES = [
-    (stage, name, value)
-    for name, flag in cli.FLAGS.items()
-    for stage in map(int, flag["stages"])
-    for value in [*ILLEGAL[name], *([MISSING] if "action" not in flag and flag.get("nargs") != "*" else [])]
-]
-
-
-def test_every_flag_of_every_stage_refuses_what_is_illegal(capsys):
+def test_every_flag_of_every_stage_refuses_what_is_illegal():
     """Wrong type, out of range, empty, without its value, misspelt: one line that names the flag, exit code 2."""
-    for stage, name, value in CASES + [(s, n[:-1], "1") for s, n, _ in CASES if n[:-1] not in cli.FLAGS]:
-        argv = [f"--{name}"] if value is MISSING else [f"--{name}=1"] if value == "=1" else [f"--{name}", value]
-        others = [] if stage != 2 or name == "key_id" else ["--key_id", "0"]
-        with pytest.raises(SystemExit) as stop:
-            cli.parse("doc", stage, [*others, *argv], Model="mlp", model="mlp")
-        said = capsys.readouterr().err
-        assert stop.value.code == 2, argv
-        assert said.count("\n") == 1, said
-        assert name in said, said
-    assert len(CASES) > 250
+    found = campaigns.illegal_flags()
+    assert found["tried"] == found["refused"] > 400
 
 
 def test_two_processes_do_not_write_one_file(tmp_path, call):
@@ -127,22 +88,24 @@ def test_two_processes_do_not_write_one_file(tmp_path, call):
     assert not list(tmp_path.rglob(".*"))
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_ctrl_c_stops_within_two_seconds_and_the_same_command_goes_on(tmp_path, stage):
-    folder = tmp_path / "base"
-    train = [sys.executable, "train_stage1.py", *TRAIN, "--Save_dir", folder]
+    folder, out = tmp_path / "base" / "0", tmp_path / ("out" if stage == "3" else "base") / "0"
+    train = ["train_stage1.py", *TRAIN, "--Save_dir", folder.parent]
     score = "--dataset DIGITS --samples_per_class 110 --key_id 0 --cores 2 --precision double --null 50".split()
+    prune = ["--Criterion", "random", "--Prune_per", "0.9", "--no-Refit", "--Retrain", folder / "logits_best.pkl"]
     commands = {
         "1": [*train, "--Epoch", "60"],
-        "2": [sys.executable, "pruning_1b.py", *score, "--weights_dir", folder / "0"],
+        "2": ["pruning_1b.py", *score, "--weights_dir", folder],
+        "3": ["retrain_stage3.py", *TRAIN, "--Epoch", "60", *prune, "--Save_dir", out.parent],
     }
     options = {"cwd": ROOT / "mlp", "env": ENVIRONMENT, "text": True}
-    if stage == "2":
-        subprocess.run(train, **options, check=True, capture_output=True)
-    command = list(map(str, commands[stage]))
+    if stage != "1":
+        subprocess.run([sys.executable, *map(str, train)], **options, check=True, capture_output=True)
+    command = [sys.executable, *map(str, commands[stage])]
     with subprocess.Popen(command, **options, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
-        while not list(folder.glob("0/*.state")) and time.monotonic() < deadline:
+        while not list(out.glob("*.state")) and time.monotonic() < deadline:
             time.sleep(0.05)
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
@@ -150,10 +113,26 @@ def test_ctrl_c_stops_within_two_seconds_and_the_same_command_goes_on(tmp_path, 
         assert time.monotonic() - start < 2
     assert process.returncode == 130
     assert said.splitlines()[-1].endswith("interrupted; the same command goes on from what is written")
-    assert list(folder.glob("0/*.state"))
-    if stage == "1":
-        assert artifacts.load_checkpoint(folder / "0" / "logits_best.pkl")
-        assert record(folder / "0" / "logits_best.pkl")["status"] == "running"
+    assert list(out.glob("*.state"))
+    if stage != "2":
+        (best,) = out.glob("logits_[b9]*.pkl")
+        assert artifacts.load_checkpoint(best)
+        assert record(best)["status"] == "running"
+
+
+@pytest.mark.parametrize(("disk", "reason"), [("size=1m", "No space left on device"), ("ro", "Read-only file system")])
+def test_a_disk_that_takes_nothing_more_is_one_line(tmp_path, disk, reason):
+    """A small disk in memory, seen by this command alone."""
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o {disk} none {tmp_path}"
+    if shutil.which("unshare") is None or subprocess.run([*inside, mount], capture_output=True, check=False).returncode:
+        pytest.skip("this system lets no user mount a disk in memory; the next test stands in for it")
+    train = " ".join([sys.executable, "train_stage1.py", *TRAIN, "--Save_dir", str(tmp_path / "out")])
+    command = [*inside, f"{mount} && {train}; code=$?; find {tmp_path} -name '*.tmp' >&2; exit $code"]
+    done = subprocess.run(command, cwd=ROOT / "mlp", env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert reason in done.stderr
 
 
 @pytest.mark.parametrize("limit", [2_000, 1_000_000])
