@@ -133,7 +133,8 @@ def _small_images(root: Path, skip: bool) -> Source:
     listing = hashlib.sha256("\n".join(files).encode()).hexdigest()
     cache = root / "decoded.npy"
     record = artifacts.record_of(cache)
-    if cache.is_file() and record.is_file() and artifacts.read_json(record).get("listing") == listing:
+    known = artifacts.read_json(record) if cache.is_file() and record.is_file() else {}
+    if known.get("listing") == listing and "files" in known:  # without checksums the run that made it was killed
         rows = artifacts.load_array(cache, record, "remove it")
     else:
         decoded = [_row(path, label) for path, label in samples]
@@ -166,7 +167,8 @@ def _row(path: str, label: int) -> np.ndarray | str:
 def unreadable(errors: dict[int, str], skip: bool) -> None:
     """Say which image files were left out, or refuse them."""
     if not skip:
-        raise InputError(f"{next(iter(errors.values()))}; --Skip_unreadable (stage 2: --skip_unreadable) leaves such files out")
+        remedy = "--Skip_unreadable (stage 2: --skip_unreadable) leaves such files out"
+        raise InputError(f"{next(iter(errors.values()))}; {remedy}")
     for error in errors.values():
         print(f"left out: {error}", file=sys.stderr)
 

@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 from PIL import Image
 
-from common import parallel
+from common import artifacts, parallel
 from common.data import IMAGENET, PADDING, Split, load, sample_per_class, shift_and_mirror
 from common.datasets import torchvision
 from common.errors import InputError
@@ -168,6 +168,10 @@ def test_cifar_tree_is_decoded_once(photographs, tmp_path, monkeypatch):
     cache.write_bytes(cache.read_bytes()[:-1] + b"x")
     with pytest.raises(InputError, match=r"decoded.npy is damaged.*remove it"):
         load("CIFAR10", tmp_path, val_size=8, device=CPU)
+    record = artifacts.read_json(artifacts.record_of(cache))
+    artifacts.write_json(artifacts.record_of(cache), {"listing": record["listing"], "status": "running"})
+    again = load("CIFAR10", tmp_path, val_size=8, device=CPU)  # as if the run that decodes had been killed
+    assert again.fingerprint == data.fingerprint
     (tmp_path / "cifar10/train/china/0.jpg").unlink()
     assert len(load("CIFAR10", tmp_path, val_size=8, device=CPU).train) == 39
 
