@@ -196,6 +196,30 @@ def groups_table(folder: Path, paper: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def validated_table(folder: Path) -> str:
+    """Runs by rule and weight decay: accuracy on the held-out images, which choose, and on the test set.
+
+    In bold: the weight decay with which CMI is best on the held-out images.
+    """
+    found = defaultdict(list)
+    for record in [*baselines(folder), *runs(folder, 3)]:
+        name = rule(record) if record["stage"] == 3 else "dense"
+        found[name, record["arguments"]["Weight_decay"]].append(record)
+    held_out = {key: [r["best"]["val_accuracy"] for r in records] for key, records in found.items()}
+    ours = [key for key in found if key[0].startswith("cmi")]
+    chosen = max(ours, key=lambda key: np.mean(held_out[key]), default=None)
+    lines = [
+        "| rule | weight decay | pruned (%) | held-out accuracy (%) | accuracy (%) | networks |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, records in sorted(found.items()):
+        name, decay = (f"**{part}**" if key == chosen else str(part) for part in key)
+        pruned = f"{np.mean([r.get('pruned_percent_masked_layers', 0) for r in records]):.2f}"
+        cells = (name, decay, pruned, mean_std(held_out[key]), mean_std(accuracies(records)), str(len(records)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def scoring_table(folder: Path) -> str:
     """What it cost to score all layer pairs of the networks in a folder."""
     scored = runs(folder, 2)
@@ -293,7 +317,8 @@ def everything() -> None:
 
     <!-- table FOLDER --> is the table of results/FOLDER, beside the published figures of that name if there are any;
     <!-- overview FOLDER --> its runs by rule and share; <!-- differences FOLDER: RULE --> by how much a rule is ahead
-    of the controls; <!-- groups FOLDER --> Experiment 2; <!-- scoring FOLDER --> what scores cost.
+    of the controls; <!-- groups FOLDER --> Experiment 2; <!-- validated FOLDER --> what held-out images choose;
+    <!-- scoring FOLDER --> what scores cost.
     """
     paper = json.loads((artifacts.RESULTS / "paper.json").read_text())
     for name in (n for n in paper if isinstance(paper[n], dict)):
@@ -307,6 +332,7 @@ def everything() -> None:
         "table": lambda folder, _: table(folder, paper.get(folder.name)),
         "overview": lambda folder, _: overview(folder),
         "scoring": lambda folder, _: scoring_table(folder),
+        "validated": lambda folder, _: validated_table(folder),
         "differences": differences,
         "groups": lambda folder, _: groups_table(folder, paper[folder.name]),
     }

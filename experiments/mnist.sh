@@ -4,7 +4,7 @@
 # runs are skipped and killed ones go on, so the script can be stopped and started again. A retraining takes about 80
 # seconds on one CPU core.
 #
-#   experiments/mnist.sh [fc2] [validated] [network] [groups]     these experiments, by default all
+#   experiments/mnist.sh [fc2] [validated] [short] [network] [weights] [groups]     these experiments, by default all
 #   LIST=1 experiments/mnist.sh ...                               prints the commands of the pruned runs, one per line
 set -eu
 cd "$(dirname "$0")/../mlp"
@@ -94,15 +94,13 @@ short_runs() {
     done
 }
 
-# All three layers, 98.5 % of all weights: in blocks of 5 or 6 weights, and weight by weight.
+# All three layers, 98.5 % of all weights, in blocks of 5 or 6 weights.
 all="--children_key fc1.weight fc2.weight final.weight --Prune_per 0.985 --Prune_of_network --no-Even"
 alone="--parent_clusters 784 500 300 --children_clusters 500 300 10"
 network_scores() {
     score cmi --key_id 0 --split_half
     for pair in 1 2; do score cmi --key_id $pair; done
     score kept --key_id all --estimator gaussian --given kept
-    score single --key_id all --estimator gaussian --given kept \
-        --parent_clusters 500 300 784 --children_clusters 300 10 500 # in the order of the pairs of stage 2
 }
 network_runs() {
     prune mnist_network/kept-magnitude_masked @kept "$all" --Criterion cmi-magnitude --no-Refit
@@ -115,6 +113,14 @@ network_runs() {
     prune mnist_network/kept-magnitude @kept "$all" --Criterion cmi-magnitude --Refit
     prune mnist_network/kept @kept "$all" --Refit
     prune mnist_network/magnitude_refit "$all" --Criterion magnitude --Refit
+}
+
+# The same, weight by weight.
+weights_scores() {
+    score single --key_id all --estimator gaussian --given kept \
+        --parent_clusters 500 300 784 --children_clusters 300 10 500 # in the order of the pairs of stage 2
+}
+weights_runs() {
     prune mnist_weights/kept-magnitude @single "$all" "$alone" --Criterion cmi-magnitude --Refit
     prune mnist_weights/magnitude "$all" "$alone" --Criterion magnitude --no-Refit
     prune mnist_weights/kept @single "$all" "$alone" --Refit
@@ -145,21 +151,21 @@ groups_runs() {
     done
 }
 
-experiments=${*:-fc2 validated network groups}
+experiments=${*:-fc2 validated short network weights groups}
 for name in $experiments; do
     case $name in
-    fc2 | validated | network | groups) ;;
+    fc2 | validated | short | network | weights | groups) ;;
     *)
-        echo "mnist.sh: error: no experiment $name; legal: fc2 validated network groups" >&2
+        echo "mnist.sh: error: no experiment $name; legal: fc2 validated short network weights groups" >&2
         exit 2
         ;;
     esac
 done
 for name in $experiments; do
     (
-        case $name in # these have networks of their own
+        case $name in
         validated) base=mnist_validated/baseline select=val ;;
-        groups) base=mnist_groups/baseline ;;
+        short | weights | groups) base=mnist_groups/baseline ;; # other networks: they may come from another machine
         esac
         [ -n "${LIST:-}" ] || dense
         [ -n "${LIST:-}" ] || "${name}_scores"

@@ -93,6 +93,20 @@ def test_experiment_2_stands_beside_the_paper(tmp_path):
     assert lines[2] == "| 5 | 250 | 86.27 | 98.55 | 98.50 ± 0.71 | 97.00 |  | 2 |"
 
 
+def test_held_out_images_choose_and_the_test_set_does_not(tmp_path):
+    """The decay that is better on the test set is worse on the held-out images, and is not chosen."""
+    for k, (decay, val, test) in enumerate(
+        [(0.1, 96.0, 99.0), (0.1, 97.0, 99.0), (0.2, 98.0, 90.0), (0.2, 98.0, 91.0)]
+    ):
+        record = {**run("cmi", 97.5, test), "best": {"val_accuracy": val}}
+        record["arguments"]["Weight_decay"] = decay
+        artifacts.write_json(tmp_path / str(k) / "logits.json", record)
+    assert report.validated_table(tmp_path).splitlines()[2:] == [
+        "| cmi | 0.1 | 97.50 | 96.50 ± 0.71 | 99.00 ± 0.00 | 2 |",
+        "| **cmi** | **0.2** | 97.50 | 98.00 ± 0.00 | 90.50 ± 0.71 | 2 |",
+    ]
+
+
 @pytest.mark.parametrize("dims", [(1, 1, 1), (2, 3, 5)])
 @pytest.mark.parametrize("information", [0, 0.5])
 def test_synthetic_gaussians_have_the_information_asked_for(dims, information):
