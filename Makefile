@@ -8,7 +8,7 @@ demo: .venv/ready
 	PYTHON=$(BIN)/python mlp/demo.sh
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 soak: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns.py --kills 100 --flips 5000 --fuzz 50000 --record results/soak.json

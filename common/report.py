@@ -241,6 +241,35 @@ def scoring_table(folder: Path) -> str:
     )
 
 
+def campaigns_table(record: dict) -> str:
+    """What the campaigns of `make soak` tried, and how it ended."""
+    lines = ["| tried | times | how it ended |", "|---|---|---|"]
+
+    def row(name: str, count: int, end: str) -> None:
+        lines.append(f"| {name} | {count:,} | {end} |")
+
+    for stage in "123":
+        kills = record[f"kills_of_stage_{stage}"]
+        same = kills["finished"] - kills["other_bytes"]
+        end = f"{same} of {kills['finished']} runs that finished have the bytes of an undisturbed one; "
+        row(f"kill of stage {stage}", kills["kills"], end + f"{kills['not_whole']} files were seen half written")
+    for kind, damage in record["damaged_files"].items():
+        row(f"damage to a file: {kind}", damage["tried"], f"{damage['refused']:,} refused")
+    hostile, flags = record["hostile_files"], record["illegal_flags"]
+    end = f"{hostile['refused']} refused; {hostile['executed']} executed what they hold"
+    row("hostile file", hostile["tried"], end)
+    row("illegal flag or value", flags["tried"], f"{flags['refused']} refused in one line, exit code 2")
+    for name, kind, good in (("file", "files", "read"), ("command line", "command_lines", "taken")):
+        fuzz = record[f"fuzzed_{kind}"]
+        refused = fuzz["tried"] - fuzz[good] - fuzz["other_ends"]
+        row(
+            f"random {name}",
+            fuzz["tried"],
+            f"{refused:,} refused, {fuzz[good]:,} {good}, {fuzz['other_ends']} otherwise",
+        )
+    return "\n".join(lines) + "\n"
+
+
 def figure(folder: Path, target: Path, title: str, paper: dict | None = None) -> None:
     """Accuracy against pruned share, before and after retraining: mean and standard deviation over runs.
 
@@ -318,7 +347,7 @@ def everything() -> None:
     <!-- table FOLDER --> is the table of results/FOLDER, beside the published figures of that name if there are any;
     <!-- overview FOLDER --> its runs by rule and share; <!-- differences FOLDER: RULE --> by how much a rule is ahead
     of the controls; <!-- groups FOLDER --> Experiment 2; <!-- validated FOLDER --> what held-out images choose;
-    <!-- scoring FOLDER --> what scores cost.
+    <!-- scoring FOLDER --> what scores cost; <!-- campaigns soak.json --> those of that record.
     """
     paper = json.loads((artifacts.RESULTS / "paper.json").read_text())
     for name in (n for n in paper if isinstance(paper[n], dict)):
@@ -333,10 +362,12 @@ def everything() -> None:
         "overview": lambda folder, _: overview(folder),
         "scoring": lambda folder, _: scoring_table(folder),
         "validated": lambda folder, _: validated_table(folder),
+        "campaigns": lambda record, _: campaigns_table(artifacts.read_json(record)),
         "differences": differences,
         "groups": lambda folder, _: groups_table(folder, paper[folder.name]),
     }
-    for page in (artifacts.ROOT / "README.md", artifacts.RESULTS / "README.md"):
+    pages = (artifacts.ROOT / "README.md", artifacts.ROOT / "SECURITY.md", artifacts.RESULTS / "README.md")
+    for page in pages:
         for mark in re.findall(rf"<!-- ((?:{'|'.join(contents)}) \S+(?:: .+)?) -->", page.read_text()):
             kind, name, *rest = re.fullmatch(r"(\w+) ([^:\s]+)(?:: (.+))?", mark).groups()
             fill(page, mark, contents[kind](artifacts.RESULTS / name, *rest))

@@ -14,7 +14,7 @@ shares=${SHARES:-0.996 0.984 0.962}
 data=${DATA_DIR:-$PWD/../data}
 jobs=${JOBS:-1} # retraining runs at a time
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-seeds=$(seq 0 $((networks - 1)))
+seeds=${SEEDS:-$(seq 0 $((networks - 1)))} # the networks to prune
 base=mnist_mlp/baseline
 select=last
 
@@ -47,7 +47,7 @@ fc2_scores() {
 fc2_runs() {
     for share in $shares; do
         prune mnist_mlp/correlated_even @correlated --Prune_per "$share" --Even --Refit
-        prune mnist_mlp/kept_even @kept --Prune_per "$share" --Even --Refit
+        prune mnist_mlp/kept-magnitude_even @kept --Criterion cmi-magnitude --Prune_per "$share" --Even --Refit
         prune mnist_mlp/cmi_even @cmi --Prune_per "$share" --Even --Refit
         prune mnist_mlp/magnitude_even @cmi --Criterion magnitude --Prune_per "$share" --Even --Refit
         prune mnist_mlp/random_even @cmi --Criterion random --Prune_per "$share" --Even --Refit
@@ -59,7 +59,7 @@ fc2_runs() {
     prune mnist_mlp/correlated_spread @correlated --Prune_per "$most" --Even --no-Refit
     prune mnist_mlp/random_correlated_even @correlated --Criterion random --Prune_per "$most" --Even --Refit
     prune mnist_mlp/magnitude_correlated_even @correlated --Criterion magnitude --Prune_per "$most" --Even --Refit
-    prune mnist_mlp/kept-magnitude_even @kept --Criterion cmi-magnitude --Prune_per "$most" --Even --Refit
+    prune mnist_mlp/kept_even @kept --Prune_per "$most" --Even --Refit
 }
 
 # fc2 again; 3,000 images that are held out of all training choose the epochs, and how strongly weights decay.
@@ -79,13 +79,14 @@ validated_runs() {
 # fc2 again, retrained for three epochs at a tenth of the learning rate.
 short_scores() {
     score cmi --key_id 0
+    score kept --key_id 0 --estimator gaussian --given kept
     score correlated --key_id 0 --estimator gaussian --given kept --grouping correlation
 }
 short_runs() {
     for share in $shares; do
         short="--Prune_per $share --Epoch 3 --Lr 0.01 --Milestones 2"
         prune mnist_short/correlated_even @correlated "$short" --Even --Refit
-        prune mnist_short/cmi_even @cmi "$short" --Even --Refit
+        prune mnist_short/kept-magnitude_even @kept "$short" --Criterion cmi-magnitude --Even --Refit
         prune mnist_short/cmi @cmi "$short" --no-Even --no-Refit
         for criterion in magnitude random; do
             prune mnist_short/${criterion}_even @cmi "$short" --Criterion $criterion --Even --Refit
