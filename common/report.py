@@ -197,25 +197,25 @@ def groups_table(folder: Path, paper: list[dict]) -> str:
 
 
 def validated_table(folder: Path) -> str:
-    """Runs by rule and weight decay: accuracy on the held-out images, which choose, and on the test set.
+    """Runs by rule, epochs and weight decay: accuracy on the held-out images, which choose, and on the test set.
 
-    In bold: the weight decay with which CMI is best on the held-out images.
+    In bold: the epochs and weight decay with which CMI is best on the held-out images.
     """
     found = defaultdict(list)
     for record in [*baselines(folder), *runs(folder, 3)]:
-        name = rule(record) if record["stage"] == 3 else "dense"
-        found[name, record["arguments"]["Weight_decay"]].append(record)
+        name, arguments = rule(record) if record["stage"] == 3 else "dense", record["arguments"]
+        found[name, arguments["Epoch"], arguments["Weight_decay"]].append(record)
     held_out = {key: [r["best"]["val_accuracy"] for r in records] for key, records in found.items()}
     ours = [key for key in found if key[0].startswith("cmi")]
     chosen = max(ours, key=lambda key: np.mean(held_out[key]), default=None)
     lines = [
-        "| rule | weight decay | pruned (%) | held-out accuracy (%) | accuracy (%) | networks |",
-        "|---|---|---|---|---|---|",
+        "| rule | epochs | weight decay | pruned (%) | held-out accuracy (%) | accuracy (%) | networks |",
+        "|---|---|---|---|---|---|---|",
     ]
     for key, records in sorted(found.items()):
-        name, decay = (f"**{part}**" if key == chosen else str(part) for part in key)
+        recipe = (f"**{part}**" if key == chosen else str(part) for part in key)
         pruned = f"{np.mean([r.get('pruned_percent_masked_layers', 0) for r in records]):.2f}"
-        cells = (name, decay, pruned, mean_std(held_out[key]), mean_std(accuracies(records)), str(len(records)))
+        cells = (*recipe, pruned, mean_std(held_out[key]), mean_std(accuracies(records)), str(len(records)))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -62,18 +62,14 @@ fc2_runs() {
     prune mnist_mlp/kept_even @kept --Prune_per "$most" --Even --Refit
 }
 
-# fc2 again; 3,000 images that are held out of all training choose the epochs, and how strongly weights decay.
+# fc2 again; 3,000 images that are held out of all training choose the epochs, how many there are and how weights decay.
 validated_scores() {
     score cmi --key_id 0
 }
 validated_runs() {
-    for decay in 0.0001 0.0005 0.001; do
-        prune "mnist_validated/cmi_$decay" @cmi --Prune_per 0.975 --Even --Refit --Weight_decay "$decay"
-    done
-    for criterion in random magnitude; do
-        prune "mnist_validated/${criterion}_0.0005" @cmi --Criterion $criterion --Prune_per 0.975 --Even --Refit \
-            --Weight_decay 0.0005
-    done
+    prune mnist_validated/cmi_0.0001 @cmi --Prune_per 0.975 --Even --Refit
+    prune mnist_validated/cmi_0.0005 @cmi --Prune_per 0.975 --Even --Refit --Weight_decay 0.0005
+    prune mnist_validated/cmi_long @cmi --Prune_per 0.975 --Even --Refit --Epoch 60 --Milestones 20 40
 }
 
 # fc2 again, retrained for three epochs at a tenth of the learning rate.

@@ -99,11 +99,11 @@ def test_held_out_images_choose_and_the_test_set_does_not(tmp_path):
         [(0.1, 96.0, 99.0), (0.1, 97.0, 99.0), (0.2, 98.0, 90.0), (0.2, 98.0, 91.0)]
     ):
         record = {**run("cmi", 97.5, test), "best": {"val_accuracy": val}}
-        record["arguments"]["Weight_decay"] = decay
+        record["arguments"] |= {"Epoch": 30, "Weight_decay": decay}
         artifacts.write_json(tmp_path / str(k) / "logits.json", record)
     assert report.validated_table(tmp_path).splitlines()[2:] == [
-        "| cmi | 0.1 | 97.50 | 96.50 ± 0.71 | 99.00 ± 0.00 | 2 |",
-        "| **cmi** | **0.2** | 97.50 | 98.00 ± 0.00 | 90.50 ± 0.71 | 2 |",
+        "| cmi | 30 | 0.1 | 97.50 | 96.50 ± 0.71 | 99.00 ± 0.00 | 2 |",
+        "| **cmi** | **30** | **0.2** | 97.50 | 98.00 ± 0.00 | 90.50 ± 0.71 | 2 |",
     ]
 
 
