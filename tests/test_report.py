@@ -107,6 +107,26 @@ def test_held_out_images_choose_and_the_test_set_does_not(tmp_path):
     ]
 
 
+def test_what_campaigns_found_is_counted():
+    record = {f"kills_of_stage_{s}": {"kills": 9, "finished": 4, "other_bytes": 1, "not_whole": 0} for s in "123"}
+    record |= {
+        "damaged_files": {"record": {"tried": 1000, "refused": 999}},
+        "hostile_files": {"tried": 17, "refused": 16, "executed": 1},
+        "illegal_flags": {"tried": 5, "refused": 5},
+        "fuzzed_files": {"tried": 10, "read": 2, "other_ends": 1},
+        "fuzzed_command_lines": {"tried": 10, "taken": 1, "other_ends": 0},
+    }
+    lines = report.campaigns_table(record).splitlines()
+    assert lines[2].startswith("| kill of stage 1 | 9 | 3 of 4 runs")
+    assert lines[5:] == [
+        "| damage to a file: record | 1,000 | 999 refused |",
+        "| hostile file | 17 | 16 refused; 1 executed what they hold |",
+        "| illegal flag or value | 5 | 5 refused in one line, exit code 2 |",
+        "| random file | 10 | 7 refused, 2 read, 1 otherwise |",
+        "| random command line | 10 | 9 refused, 1 taken, 0 otherwise |",
+    ]
+
+
 @pytest.mark.parametrize("dims", [(1, 1, 1), (2, 3, 5)])
 @pytest.mark.parametrize("information", [0, 0.5])
 def test_synthetic_gaussians_have_the_information_asked_for(dims, information):
