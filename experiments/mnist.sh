@@ -160,9 +160,9 @@ for name in $experiments; do
 done
 for name in $experiments; do
     (
-        case $name in
+        case $name in # these have networks of their own, so that they can be run on another machine than the rest
         validated) base=mnist_validated/baseline select=val ;;
-        short | weights | groups) base=mnist_groups/baseline ;; # other networks: they may come from another machine
+        weights | groups) base=mnist_$name/baseline ;;
         esac
         [ -n "${LIST:-}" ] || dense
         [ -n "${LIST:-}" ] || "${name}_scores"
