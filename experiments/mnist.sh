@@ -74,9 +74,7 @@ validated_runs() {
 
 # fc2 again, retrained for three epochs at a tenth of the learning rate.
 short_scores() {
-    score cmi --key_id 0
-    score kept --key_id 0 --estimator gaussian --given kept
-    score correlated --key_id 0 --estimator gaussian --given kept --grouping correlation
+    fc2_scores
 }
 short_runs() {
     for share in $shares; do
