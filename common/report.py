@@ -24,6 +24,7 @@ COLOURS = {
     "cmi": "tab:blue",
     "cmi (kept)": "tab:cyan",
     "cmi (correlated)": "tab:green",
+    "cmi-magnitude (kept)": "tab:purple",
     "magnitude": "tab:orange",
     "random": "tab:gray",
 }
