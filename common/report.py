@@ -133,13 +133,16 @@ def overview(folder: Path) -> str:
     if baselines(folder):
         lines.append(f"| dense | {mean_std(accuracies(baselines(folder)))}" + " |" * len(shares))
     for name in sorted({name for _, name in points}):
-        cells = []
-        for share in shares:
-            found = [accuracies(points.get((share, name), []), moment) for moment in MOMENTS]
-            early = [f"{np.mean(values):.1f}" if values else "?" for values in found[:-1]]
-            cells.append(" → ".join([*early, mean_std(found[-1])]) if found[-1] else "")
+        cells = [course(points.get((share, name), [])) for share in shares]
         lines.append("| " + " | ".join((name, *cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def course(records: list[dict]) -> str:
+    """Accuracy before -> after 1 epoch -> after retraining."""
+    *early, last = (accuracies(records, moment) for moment in MOMENTS)
+    means = [f"{np.mean(values):.1f}" if values else "?" for values in early]
+    return " → ".join([*means, mean_std(last)]) if last else ""
 
 
 def differences(folder: Path, name: str) -> str:
@@ -156,11 +159,16 @@ def differences(folder: Path, name: str) -> str:
     for share, control in points:
         if control.startswith("cmi") or (share, name) not in points:
             continue
-        ours, theirs = ({r["seed"]: r for r in points[share, rule]} for rule in (name, control))
-        seeds = sorted(ours.keys() & theirs.keys())
-        cells = [difference([(ours[s], theirs[s]) for s in seeds], moment) for moment in MOMENTS]
-        lines.append("| " + " | ".join((control, f"{share:.4g}", *cells, str(len(seeds)))) + " |")
+        pairs = paired(points[share, name], points[share, control])
+        cells = [difference(pairs, moment) for moment in MOMENTS]
+        lines.append("| " + " | ".join((control, f"{share:.4g}", *cells, str(len(pairs)))) + " |")
     return "\n".join(lines) + "\n"
+
+
+def paired(ours: list[dict], theirs: list[dict]) -> list[tuple[dict, dict]]:
+    """Runs of two rules by seed: they prune the same dense network."""
+    first, second = ({r["seed"]: r for r in records} for records in (ours, theirs))
+    return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
 
 
 def difference(pairs: list[tuple[dict, dict]], moment: str) -> str:
@@ -178,22 +186,37 @@ def difference(pairs: list[tuple[dict, dict]], moment: str) -> str:
 
 
 def groups_table(folder: Path, paper: list[dict]) -> str:
-    """Experiment 2 beside the published figures: one line per number of groups and of images, one column per rule."""
-    found = defaultdict(list)
+    """Experiment 2 beside the published figures: one line per number of groups and of images, one column per rule.
+
+    The rank correlation is that of scores from two halves of the images, the mean over networks.
+    """
+    found, reliability = defaultdict(list), defaultdict(list)
     for record in runs(folder, 3):
-        arguments = record["arguments"]
-        groups, samples = map(int, Path(arguments["Retrain_mask"]).stem.removeprefix("I_parent_").split("_"))
-        found[groups, samples, arguments["Criterion"]].append(record)
+        scores = Path(record["arguments"]["Retrain_mask"]).stem.removeprefix("I_parent_")
+        found[scores, record["arguments"]["Criterion"]].append(record)
+    for record in runs(folder, 2):
+        if "split_half_rank_correlation" in record["scores"]:
+            reliability[record["arguments"]["name_postfix"]].append(record["scores"]["split_half_rank_correlation"])
     lines = [
-        "| groups | images per class | pruned (%) | paper (%) | cmi (%) | random (%) | magnitude (%) | networks |",
-        "|---|---|---|---|---|---|---|---|",
+        "| groups | images per class | paper: pruned (%) | paper: accuracy (%) | pruned (%) | cmi (%) | random (%) "
+        "| magnitude (%) | cmi ahead of random | cmi ahead of magnitude | rank correlation | networks |",
+        "|---" * 12 + "|",
     ]
     for point in paper:
-        key = point["groups"], point["samples_per_class"]
-        cells = [mean_std(accuracies(found[*key, criterion])) for criterion in ("cmi", "random", "magnitude")]
-        pruned = f"{point['pruned_percent']:.2f}"
-        networks = str(len(found[*key, "cmi"]))
-        lines.append("| " + " | ".join((*map(str, key), pruned, f"{point['accuracy']:.2f}", *cells, networks)) + " |")
+        key = f"{point['groups']}_{point['samples_per_class']}"
+        cmi, *controls = (found[key, criterion] for criterion in ("cmi", "random", "magnitude"))
+        cells = (
+            str(point["groups"]),
+            str(point["samples_per_class"]),
+            f"{point['pruned_percent']:.2f}",
+            f"{point['accuracy']:.2f}",
+            f"{np.mean([r['pruned_percent_masked_layers'] for r in cmi]):.2f}" if cmi else "",
+            *(course(records) for records in (cmi, *controls)),
+            *(difference(paired(cmi, records), "test") for records in controls),
+            f"{np.mean(reliability[key]):.2f}" if reliability[key] else "",
+            str(len(cmi)),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

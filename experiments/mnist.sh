@@ -110,7 +110,7 @@ network_runs() {
     prune mnist_network/magnitude_refit "$all" --Criterion magnitude --Refit
 }
 
-# The same, weight by weight.
+# The same, weight by weight, on the networks of Experiment 2.
 weights_scores() {
     score single --key_id all --estimator gaussian --given kept \
         --parent_clusters 500 300 784 --children_clusters 300 10 500 # in the order of the pairs of stage 2
@@ -160,7 +160,7 @@ for name in $experiments; do
     (
         case $name in # these have networks of their own, so that they can be run on another machine than the rest
         validated) base=mnist_validated/baseline select=val ;;
-        weights | groups) base=mnist_$name/baseline ;;
+        weights | groups) base=mnist_groups/baseline ;;
         esac
         [ -n "${LIST:-}" ] || dense
         [ -n "${LIST:-}" ] || "${name}_scores"
