@@ -68,11 +68,17 @@ def accuracies(records: list[dict], when: str = "test") -> list[float]:
     return [r[when]["accuracy"] for r in records if when in r]
 
 
+def mean_and_std(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation: nan and 0 where there are too few values."""
+    return np.mean(values) if values else np.nan, np.std(values, ddof=1) if len(values) > 1 else 0
+
+
 def mean_std(values: list[float]) -> str:
-    """Mean and sample standard deviation, the latter only of two or more values."""
+    """The same in words, the deviation only of two or more values."""
     if not values:
         return ""
-    return f"{np.mean(values):.2f}" + ("" if len(values) < 2 else f" ± {np.std(values, ddof=1):.2f}")
+    mean, std = mean_and_std(values)
+    return f"{mean:.2f}" + (f" ± {std:.2f}" if len(values) > 1 else "")
 
 
 def table(folder: Path, paper: dict | None = None) -> str:
@@ -185,15 +191,21 @@ def difference(pairs: list[tuple[dict, dict]], moment: str) -> str:
     return shown + (" (p < .001)" if p < 0.001 else f" (p = {p:.3f})".replace("= 0.", "= ."))
 
 
+def by_groups(folder: Path) -> dict[tuple[int, int, str], list[dict]]:
+    """Pruned runs of Experiment 2 by (groups, images per class, criterion), as their scores are named."""
+    found = defaultdict(list)
+    for record in runs(folder, 3):
+        scores = Path(record["arguments"]["Retrain_mask"]).stem.removeprefix("I_parent_")
+        found[*map(int, scores.split("_")), record["arguments"]["Criterion"]].append(record)
+    return found
+
+
 def groups_table(folder: Path, paper: list[dict]) -> str:
     """Experiment 2 beside the published figures: one line per number of groups and of images, one column per rule.
 
-    The rank correlation is that of scores from two halves of the images, the mean over networks.
+    The rank correlation is that of scores from two halves of the images.
     """
-    found, reliability = defaultdict(list), defaultdict(list)
-    for record in runs(folder, 3):
-        scores = Path(record["arguments"]["Retrain_mask"]).stem.removeprefix("I_parent_")
-        found[scores, record["arguments"]["Criterion"]].append(record)
+    found, reliability = by_groups(folder), defaultdict(list)
     for record in runs(folder, 2):
         if "split_half_rank_correlation" in record["scores"]:
             reliability[record["arguments"]["name_postfix"]].append(record["scores"]["split_half_rank_correlation"])
@@ -203,17 +215,16 @@ def groups_table(folder: Path, paper: list[dict]) -> str:
         "|---" * 12 + "|",
     ]
     for point in paper:
-        key = f"{point['groups']}_{point['samples_per_class']}"
-        cmi, *controls = (found[key, criterion] for criterion in ("cmi", "random", "magnitude"))
+        key = point["groups"], point["samples_per_class"]
+        cmi, *controls = (found[*key, criterion] for criterion in ("cmi", "random", "magnitude"))
         cells = (
-            str(point["groups"]),
-            str(point["samples_per_class"]),
+            *map(str, key),
             f"{point['pruned_percent']:.2f}",
             f"{point['accuracy']:.2f}",
             f"{np.mean([r['pruned_percent_masked_layers'] for r in cmi]):.2f}" if cmi else "",
             *(course(records) for records in (cmi, *controls)),
             *(difference(paired(cmi, records), "test") for records in controls),
-            f"{np.mean(reliability[key]):.2f}" if reliability[key] else "",
+            mean_std(reliability["{}_{}".format(*key)]),
             str(len(cmi)),
         )
         lines.append("| " + " | ".join(cells) + " |")
@@ -313,8 +324,7 @@ def figure(folder: Path, target: Path, title: str, paper: dict | None = None) ->
         for k, name in enumerate(names):
             values = [accuracies(points.get((share, name), []), when) for share in shares]
             x = np.arange(len(shares)) + 0.04 * (k - (len(names) - 1) / 2)
-            mean = [np.mean(v) if v else np.nan for v in values]
-            std = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
+            mean, std = zip(*map(mean_and_std, values), strict=True)
             criterion, *more = name.split(", ")
             style = {"color": COLOURS.get(criterion), "ls": "-" if more else "--"}
             axis.errorbar(x, mean, std, marker="o", capsize=3, label=name, **style)
@@ -352,6 +362,28 @@ def layers_figure(folder: Path, target: Path, title: str) -> None:
     save_figure(figure, target)
 
 
+def groups_figure(folder: Path, target: Path, paper: list[dict]) -> None:
+    """Experiment 2: accuracy against the number of groups, and against the images per class."""
+    found = by_groups(folder)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", sharey=True)
+    panels = (("groups", "samples_per_class", 250), ("samples_per_class", "groups", 20))
+    for axis, (varied, fixed, value) in zip(axes, panels, strict=True):
+        points = sorted((point for point in paper if point[fixed] == value), key=lambda point: point[varied])
+        keys = list(dict.fromkeys((point["groups"], point["samples_per_class"]) for point in points))
+        ticks = list(dict.fromkeys(point[varied] for point in points))
+        for k, criterion in enumerate(("cmi", "random", "magnitude")):
+            values = [accuracies(found[*key, criterion]) for key in keys]
+            x, mean, std = np.arange(len(keys)) + 0.06 * (k - 1), *zip(*map(mean_and_std, values), strict=True)
+            axis.errorbar(x, mean, std, marker="o", capsize=3, label=criterion, color=COLOURS[criterion])
+        stars = [ticks.index(point[varied]) for point in points], [point["accuracy"] for point in points]
+        axis.plot(*stars, "*", ms=13, color="tab:red", label="paper: MINT")
+        axis.set_xticks(range(len(ticks)), ticks)
+        axis.set(xlabel=f"{varied}, {fixed} {value}".replace("samples_per_class", "images per class"))
+    axes[0].set(ylabel="test accuracy (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+    save_figure(figure, target)
+
+
 def fill(page: Path, name: str, content: str) -> None:
     """Replace what stands between the markers <!-- name --> and <!-- end name --> of a page."""
     marked = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
@@ -381,6 +413,9 @@ def everything() -> None:
             figure(folder, target, paper[name]["title"], paper[name])
         elif shares:
             layers_figure(folder, target, paper[name]["title"])
+    groups = artifacts.RESULTS / "mnist_groups"
+    if by_groups(groups):
+        groups_figure(groups, artifacts.RESULTS / "figures" / "mnist_groups.png", paper["mnist_groups"])
     contents = {
         "table": lambda folder, _: table(folder, paper.get(folder.name)),
         "overview": lambda folder, _: overview(folder),

@@ -99,7 +99,7 @@ def test_experiment_2_stands_beside_the_paper(tmp_path):
     cells = report.groups_table(tmp_path, [point]).splitlines()[2].strip("| ").split(" | ")
     assert cells[:5] == ["5", "250", "86.27", "98.55", "88.00"]
     assert cells[5:8] == ["10.0 → ? → 98.50 ± 0.71", "10.0 → ? → 96.50 ± 0.71", ""]
-    assert cells[8:] == ["+2.00 ± 1.00 (p = .295)", "", "0.55", "2"]
+    assert cells[8:] == ["+2.00 ± 1.00 (p = .295)", "", "0.55 ± 0.07", "2"]
 
 
 def test_held_out_images_choose_and_the_test_set_does_not(tmp_path):
