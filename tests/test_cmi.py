@@ -433,6 +433,31 @@ class TestBackwardElimination:
             assert np.argsort(found[j]).tolist() == order
             assert found[j, order] == pytest.approx(pooled, abs=1e-4)
 
+    @pytest.mark.parametrize("groups", [70, 45])
+    def test_many_groups_literally(self, rng, groups):
+        """More removals than the precision matrix waits for, against one inverse of what is left per step."""
+        parents = rng.normal(size=(2000, 70)) @ rng.normal(size=(70, 70))
+        children, child_groups = parents @ rng.normal(size=(70, 3)), np.array([0, 1, 1])
+        parent_groups = np.arange(70) * groups // 70
+        inputs = (children, parents, child_groups, parent_groups)
+        found = layer_cmi(*inputs, estimator="gaussian", given="kept", shrinkage=1e-6, snr=np.ones(3))
+        covariance = np.corrcoef(np.hstack([parents, children]).T) + 1e-6 * np.eye(73)
+        covariance[70:, 70:] += np.eye(3)
+
+        def unexplained(left, child):
+            units = np.flatnonzero(np.isin(parent_groups, left))
+            own, across = covariance[np.ix_(child, child)], covariance[np.ix_(units, child)]
+            known = np.linalg.solve(covariance[np.ix_(units, units)], across)
+            return np.linalg.slogdet(own - across.T @ known)[1] / 2
+
+        for j in range(2):
+            child, left, order = 70 + np.flatnonzero(child_groups == j), list(range(groups)), []
+            while left:
+                order.append(min(left, key=lambda i: unexplained([k for k in left if k != i], child)))
+                left.remove(order[-1])
+            assert np.argsort(found[j]).tolist() == order
+            assert found[j].sum() == pytest.approx(unexplained([], child) - unexplained(range(groups), child), rel=1e-4)
+
     def test_of_two_that_know_the_same_one_is_kept(self, rng):
         """Given all others either twin is worth nothing; when they go one by one, exactly one of them is."""
         parents = rng.normal(size=(3000, 5))
