@@ -323,11 +323,9 @@ def figure(folder: Path, target: Path, title: str, paper: dict | None = None) ->
         names = sorted({rule for _, rule in points})
         for k, name in enumerate(names):
             values = [accuracies(points.get((share, name), []), when) for share in shares]
-            x = np.arange(len(shares)) + 0.04 * (k - (len(names) - 1) / 2)
-            mean, std = zip(*map(mean_and_std, values), strict=True)
             criterion, *more = name.split(", ")
             style = {"color": COLOURS.get(criterion), "ls": "-" if more else "--"}
-            axis.errorbar(x, mean, std, marker="o", capsize=3, label=name, **style)
+            draw(axis, values, 0.04 * (k - (len(names) - 1) / 2), label=name, **style)
         axis.set(
             title=f"{moment} retraining",
             xlabel=f"pruned weights of the {of.replace('_', ' ')} (%)",
@@ -344,6 +342,12 @@ def figure(folder: Path, target: Path, title: str, paper: dict | None = None) ->
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(title)
     save_figure(figure, target)
+
+
+def draw(axis: plt.Axes, values: list[list[float]], shift: float, **style) -> None:
+    """Mean and standard deviation of every list, side by side; `shift` keeps several rules apart."""
+    mean, std = zip(*map(mean_and_std, values), strict=True)
+    axis.errorbar(np.arange(len(values)) + shift, mean, std, marker="o", capsize=3, **style)
 
 
 def layers_figure(folder: Path, target: Path, title: str) -> None:
@@ -373,8 +377,7 @@ def groups_figure(folder: Path, target: Path, paper: list[dict]) -> None:
         ticks = list(dict.fromkeys(point[varied] for point in points))
         for k, criterion in enumerate(("cmi", "random", "magnitude")):
             values = [accuracies(found[*key, criterion]) for key in keys]
-            x, mean, std = np.arange(len(keys)) + 0.06 * (k - 1), *zip(*map(mean_and_std, values), strict=True)
-            axis.errorbar(x, mean, std, marker="o", capsize=3, label=criterion, color=COLOURS[criterion])
+            draw(axis, values, 0.06 * (k - 1), label=criterion, color=COLOURS[criterion])
         stars = [ticks.index(point[varied]) for point in points], [point["accuracy"] for point in points]
         axis.plot(*stars, "*", ms=13, color="tab:red", label="paper: MINT")
         axis.set_xticks(range(len(ticks)), ticks)

@@ -101,11 +101,11 @@ def test_ctrl_c_stops_within_two_seconds_and_the_same_command_goes_on(tmp_path, 
     }
     options = {"cwd": ROOT / "mlp", "env": ENVIRONMENT, "text": True}
     # What a shell starts in the background ignores Ctrl-C, and so would all that these tests start.
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     if stage != "1":
         subprocess.run([sys.executable, *map(str, train)], **options, check=True, capture_output=True)
     command = [sys.executable, *map(str, commands[stage])]
-    with subprocess.Popen(command, **options, **heard, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, **options, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
         while not list(out.glob("*.state")) and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -65,6 +65,7 @@ def _row(
         by_size = [(sizes == size, np.stack([m for m in members if len(m) == size])) for size in np.unique(sizes)]
         diagonal = [precision[units[:, :, None], units[:, None, :]] for _, units in by_size]
         steps = np.zeros((PERIOD, sizes.max(), len(stay)))  # the matrix is precision - the sum of steps' outer products
+        done = steps.reshape(-1, len(stay))  # the same memory
         for step in steps[: len(left)]:
             gains = np.where(open_, _gains(by_size, diagonal, regression, residual), np.inf)
             gone = np.argmin(gains)
@@ -72,7 +73,6 @@ def _row(
             losses.append(gains[gone])
             open_[gone] = False
             k = members[gone]
-            done = steps.reshape(-1, len(stay))
             rows = precision[k] - done[:, k].T @ done
             root = np.linalg.cholesky(rows[:, k])
             step[: len(k)] = np.linalg.solve(root, rows)
@@ -83,7 +83,6 @@ def _row(
                 own = step[:, units].transpose(1, 2, 0)
                 block -= own @ own.transpose(0, 2, 1)
                 block[~open_[which]] = np.eye(units.shape[1])  # 0 by now, and never looked at again
-        done = steps.reshape(-1, len(stay))
         precision, left = precision - done.T @ done, left[open_]
     row = np.zeros(len(live))
     if order:
