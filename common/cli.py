@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from common import artifacts, parallel, scoring
 from common.artifacts import ROOT, public, under_results
@@ -78,6 +79,7 @@ MANY, GPU = {"nargs": "+"}, "number of the CUDA GPU to use, if there is any; und
 BY_LAYER = "one for all pairs, or one per pair (default: model.py's, by layer)"
 CLASSES = "names of the classes to use the images of; labels and outputs stay those of the whole data set (all)"
 SKIP = "leave out image files that cannot be read, naming them"
+DROPOUT = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
 SWITCH = argparse.BooleanOptionalAction
 GO_ON = "the same command goes on from what is written"
 DATA_DIR = {"type": folder, "default": ROOT / "data", "help": "where data sets lie, and are downloaded to if absent"}
@@ -99,6 +101,7 @@ FLAGS = {
     "Milestones": _flag("13", COUNT, "epochs after which the learning rate is multiplied by GAMMA", nargs="*"),
     "Opt": _flag("13", OPTIMIZERS, "optimizer; sgd has momentum 0.9"),
     "Weight_decay": _flag("13", number(float, 0), "weight decay"),
+    "Dropout": _flag("13", number(float, 0, 0.99), "rate of all dropout layers (default: model.py's)"),
     "Model": _flag("13", None, "the network of this folder"),
     "Gamma": _flag("13", POSITIVE, "factor of the learning rate at the milestones"),
     "Nesterov": _flag("13", None, "Nesterov momentum", action=SWITCH),
@@ -238,6 +241,17 @@ def recipe(args: argparse.Namespace) -> Recipe:
         amp=args.Amp,
         compile=args.Compile,
     )
+
+
+def set_dropout(args: argparse.Namespace, network: nn.Module) -> None:
+    """Give all dropout layers the rate that --Dropout asks for."""
+    if args.Dropout is None:
+        return
+    layers = [layer for layer in network.modules() if isinstance(layer, DROPOUT)]
+    if not layers:
+        raise InputError(f"--Dropout {args.Dropout:g}: {args.Model} has no dropout layers; leave the flag out")
+    for layer in layers:
+        layer.p = args.Dropout
 
 
 def load_data(args: argparse.Namespace, on: torch.device) -> Data:

@@ -232,20 +232,22 @@ def groups_table(folder: Path, paper: list[dict]) -> str:
 
 
 def validated_table(folder: Path) -> str:
-    """Runs by rule, epochs and weight decay: accuracy on the held-out images, which choose, and on the test set.
+    """Runs by rule and recipe: accuracy on the held-out images, which choose, and on the test set.
 
-    In bold: the epochs and weight decay with which CMI is best on the held-out images.
+    In bold: the recipe with which CMI is best on the held-out images.
     """
     found = defaultdict(list)
     for record in [*baselines(folder), *runs(folder, 3)]:
         name, arguments = rule(record) if record["stage"] == 3 else "dense", record["arguments"]
-        found[name, arguments["Epoch"], arguments["Weight_decay"]].append(record)
+        dropout = arguments.get("Dropout")
+        dropout = "as dense" if dropout is None else f"{dropout:g}"
+        found[name, arguments["Epoch"], arguments["Weight_decay"], dropout].append(record)
     held_out = {key: [r["best"]["val_accuracy"] for r in records] for key, records in found.items()}
     ours = [key for key in found if key[0].startswith("cmi")]
     chosen = max(ours, key=lambda key: np.mean(held_out[key]), default=None)
     lines = [
-        "| rule | epochs | weight decay | pruned (%) | held-out accuracy (%) | accuracy (%) | networks |",
-        "|---|---|---|---|---|---|---|",
+        "| rule | epochs | weight decay | dropout | pruned (%) | held-out accuracy (%) | accuracy (%) | networks |",
+        "|---" * 8 + "|",
     ]
     for key, records in sorted(found.items()):
         recipe = (f"**{part}**" if key == chosen else str(part) for part in key)

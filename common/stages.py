@@ -102,6 +102,7 @@ def retrain(doc: str, model: ModuleType) -> None:
     cli.check_save_dir(args)
     device = cli.training_device(args)
     network = model.build(args.Dims)
+    cli.set_dropout(args, network)
     checkpoint = artifacts.load_weights(network, args.Retrain)
     blocks, scores, score_files = cli.blocks_and_scores(args, network, model.PAIRS)
     share = cli.share_of_masked(args, share, network, blocks)
@@ -147,6 +148,7 @@ def _train(
     """One dense network: trained, or with given weights."""
     torch.manual_seed(seed)
     network = model.build(args.Dims)
+    cli.set_dropout(args, network)
     if args.Weights:
         _take_weights(network, model, args.Weights)
         _evaluate_only(_placed(network, device), data, best, record)

@@ -359,6 +359,7 @@ TABLE = {  # flags: what they must refuse
     "prune_per_step": ["0", "-0.1", "2", "nan", "x", ""],
     "Lr Gamma width": ["0", "-1", "nan", "inf", "x", ""],
     "Weight_decay": ["-1", "nan", "inf", "x", ""],
+    "Dropout": ["-1", "1", "nan", "inf", "x", ""],
     "Dataset Opt Model Select Criterion model dataset estimator given precision device grouping": ["?", ""],
     "Save_dir Data_dir Weights Retrain Retrain_mask Labels_file Labels_children_file weights_dir data_dir": [""],
     "name_postfix": ["", "../x", "a/b", "a b", "\0"],

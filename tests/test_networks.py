@@ -1,12 +1,15 @@
 """The convolutional networks: sizes, layer pairs, and that every layer's parent is the tensor it reads."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CONVOLUTIONAL, model_of
 
-from common import masks
+from common import cli, masks
+from common.errors import InputError
 
 WEIGHTS = {"vgg16": 14_977_728, "resnet56": 848_944, "resnet50": 25_502_912}
 MASKED = {"vgg16": 14_712_832, "resnet56": 785_664, "resnet50": 23_445_504}
@@ -150,3 +153,9 @@ def test_the_largest_default_share_is_within_the_limits(built, rng):
     pruned = masks.select([rng.random(size.shape) for size in sizes], sizes, share, list(model.LIMITS.values()))
     total = sum(size.sum() for size in sizes)
     assert sum(size[p].sum() for size, p in zip(sizes, pruned, strict=True)) / total == pytest.approx(share, abs=1e-3)
+
+
+def test_dropout_where_there_is_none_is_refused():
+    args = argparse.Namespace(Dropout=0.1, Model="resnet56")
+    with pytest.raises(InputError, match="resnet56 has no dropout layers"):
+        cli.set_dropout(args, model_of("resnet56").build(10))

@@ -257,6 +257,17 @@ def test_diverging_keeps_the_last_good_checkpoint_and_fails(tmp_path, call):
     assert all(v.isfinite().all() for v in state.values())
 
 
+def test_dropout_is_the_model_s_unless_it_is_given(base, tmp_path, call):
+    losses = {}
+    for given in ((), ("--Dropout", "0.2"), ("--Dropout", "0")):
+        out = tmp_path / "-".join(("runs", *given))
+        call(*prune(base, out, "--Prune_per", "0.9", "--Epoch", "2", *given))
+        lines = (out / "0" / "logits_90.00.jsonl").read_text().splitlines()
+        losses[given[1:]] = [json.loads(line)["train_loss"] for line in lines]
+    assert losses[()] == losses["0.2",]
+    assert all(without < with_ for without, with_ in zip(losses["0",], losses[()], strict=True))
+
+
 LEGAL = "--no-Even --no-Refit --Save_dir {out} --Retrain {base}/0/logits_best.pkl --Prune_per 0.9".split()
 BAD = [
     (STAGE1, "--Dataset CIFAR9 --Save_dir {out}", "argument --Dataset: invalid choice: 'CIFAR9'.*MNIST.*DIGITS"),
