@@ -83,6 +83,16 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert line == f"| random | 90 | +0.00 ± 0.00 |  | +2.00 ± 0.58 (p = {p}) | 3 |"
 
 
+def test_a_combination_is_compared_with_cmi_alone_and_controls_only(tmp_path):
+    for criterion in ("cmi", "cmi-magnitude", "magnitude"):
+        for scores in ("single", "kept"):
+            record = {**run(criterion, 90, 97.0), "seed": 0}
+            record["arguments"]["Retrain_mask"] = f"dense/0/I_parent_{scores}.npy"
+            artifacts.write_json(tmp_path / f"{criterion}_{scores}" / "logits_90.00.json", record)
+    lines = report.differences(tmp_path, "cmi-magnitude (single)").splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| cmi (single)", "| magnitude (kept)", "| magnitude (single)"]
+
+
 def test_experiment_2_stands_beside_the_paper(tmp_path):
     """CMI leads by 1 and by 3 points: 2 ± 1 on average, and Student's t of 2 with one degree of freedom."""
     for k, (criterion, seed, accuracy) in enumerate(
