@@ -130,7 +130,7 @@ weights_validated_scores() {
 }
 weights_validated_runs() {
     ours="$all $alone --Criterion cmi-magnitude --Refit"
-    for dropout in 0.02 0.2; do
+    for dropout in 0.02 0.1 0.2; do
         prune mnist_weights_validated/30_$dropout @single "$ours" --Dropout $dropout
         prune mnist_weights_validated/60_$dropout @single "$ours" --Dropout $dropout --Epoch 60 --Milestones 20 40
     done
