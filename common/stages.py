@@ -62,7 +62,7 @@ def score(doc: str, model: ModuleType) -> None:
     cli.resolve_groups(args, [child for _, child in pairs], model.GROUPS)
     options = cli.scoring_options(args)
     device = cli.device(args.device_ids)
-    network, weights = model.build(args.dims), args.weights_dir / "logits_best.pkl"
+    network, weights = model.build(args.dims), args.weights_dir / (args.weights_file or "logits_best.pkl")
     checkpoint = artifacts.load_weights(network, weights)
     inputs = artifacts.checksums(weights)
     with contextlib.ExitStack() as locks:

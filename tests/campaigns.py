@@ -362,7 +362,7 @@ TABLE = {  # flags: what they must refuse
     "Dropout": ["-1", "1", "nan", "inf", "x", ""],
     "Dataset Opt Model Select Criterion model dataset estimator given precision device grouping": ["?", ""],
     "Save_dir Data_dir Weights Retrain Retrain_mask Labels_file Labels_children_file weights_dir data_dir": [""],
-    "name_postfix": ["", "../x", "a/b", "a b", "\0"],
+    "name_postfix weights_file": ["", "../x", "a/b", "a b", "\0"],
     "Nesterov Amp Resume Compile Prune_of_network Refit Even Skip_unreadable skip_unreadable split_half": ["=1"],
     "Classes classes parent_key children_key": [MISSING],
 }

@@ -257,6 +257,22 @@ def test_diverging_keeps_the_last_good_checkpoint_and_fails(tmp_path, call):
     assert all(v.isfinite().all() for v in state.values())
 
 
+def test_a_pruned_network_is_scored_and_pruned_further(base, tmp_path, call):
+    """What the first round removed has no weight, and stays removed by a rule that counts weights."""
+    first, flags = tmp_path / "first", ("--Criterion", "cmi-magnitude")
+    call(*prune(base, first, "--Prune_per", "0.5", *flags))
+    call(STAGE2, *SCORE, "--weights_dir", first / "0", "--weights_file", "logits_50.00.pkl", "--key_id", "0")
+    again = ["--Retrain", first / "0" / "logits_50.00.pkl"]
+    call(*prune(base, tmp_path / "second", "--Prune_per", "0.9", *flags), *again)
+    before, after = (
+        torch.load(path, weights_only=True)["masks"]["fc2.weight"]
+        for path in (first / "0" / "logits_50.00.pkl", tmp_path / "second" / "0" / "logits_90.00.pkl")
+    )
+    assert before.float().mean() == 0.5
+    assert after.float().mean().item() == pytest.approx(0.1)
+    assert not (after & ~before).any()
+
+
 def test_dropout_is_the_model_s_unless_it_is_given(base, tmp_path, call):
     losses = {}
     for given in ((), ("--Dropout", "0.2"), ("--Dropout", "0")):
@@ -289,6 +305,8 @@ BAD = [
     (STAGE2, "{score} --key_id 0 --parent_clusters 501", "--parent_clusters 501: fc2.weight has 500 "),
     (STAGE2, "{score} --key_id 0 --children_clusters 301", "--children_clusters 301: fc2.weight has 300"),
     (STAGE2, "{score} --key_id 0 --samples_per_class 900", "--samples_per_class 900: class"),
+    (STAGE2, "{score} --key_id 0 --weights_file no.pkl", "no.pkl does not exist; run train_stage1.py first"),
+    (STAGE2, "{score} --key_id 0 --weights_file ../y", "argument --weights_file: .../y. may hold"),
     (STAGE2, "{score} --key_id 0 --name_postfix ../y", "argument --name_postfix: .../y. may hold"),
     (STAGE2, "{score} --key_id 0 --estimator gaussian --width 1", "--width belongs to --estimator kde, not to"),
     (STAGE2, "{score} --key_id 0 --bootstrap 1", "argument --bootstrap: 1 is not a whole number at least 2"),
