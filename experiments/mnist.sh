@@ -4,8 +4,8 @@
 # runs are skipped and killed ones go on, so the script can be stopped and started again. A retraining takes about 80
 # seconds on one CPU core.
 #
-#   experiments/mnist.sh [fc2] [validated] [short] [network] [weights] [weights_validated] [groups]     these experiments, by default all
-#   LIST=1 experiments/mnist.sh ...                               prints the commands of the pruned runs, one per line
+#   experiments/mnist.sh [EXPERIMENT ...]           by default all, see below
+#   LIST=1 experiments/mnist.sh [EXPERIMENT ...]    prints the commands of the pruned runs, one per line
 set -eu
 cd "$(dirname "$0")/../mlp"
 python=${PYTHON:-python}
@@ -28,14 +28,18 @@ score() { # POSTFIX FLAGS: the scores of all networks
         $python pruning_1b.py --data_dir "$data" --weights_dir $base/"$seed" --name_postfix "$postfix" "$@"
     done
 }
-prune() { # NAME FLAGS: one line per network; in the flags, @FAMILY names its scores
+prune() { # NAME FLAGS: one line per network; in the flags, @FAMILY names its scores, % is its seed
     name=$1
     shift
     for seed in $seeds; do
-        flags=$(echo "$*" | sed "s|@\([^ ]*\)|--Retrain_mask $base/$seed/I_parent_\1.npy|")
+        flags=$(echo "$*" | sed "s|@\([^ ]*\)|--Retrain_mask $base/$seed/I_parent_\1.npy|; s|%|$seed|g")
         echo "$python retrain_stage3.py --Data_dir $data --Select $select --Seed $seed --Retrain $base/$seed/logits_best.pkl" \
             "--upper_prune_limit 1 --Save_dir $name/$seed $flags"
     done
+}
+
+run() { # the lines of standard input
+    xargs -P "$jobs" -I {} sh -c '{}'
 }
 
 # Experiment 1: fc2 pruned in 250 x 100 groups.
@@ -92,6 +96,8 @@ short_runs() {
 # All three layers, 98.5 % of all weights, in blocks of 5 or 6 weights.
 all="--children_key fc1.weight fc2.weight final.weight --Prune_per 0.985 --Prune_of_network --no-Even"
 alone="--parent_clusters 784 500 300 --children_clusters 500 300 10"
+singles="--key_id all --estimator gaussian --given kept
+    --parent_clusters 500 300 784 --children_clusters 300 10 500" # in the order of the pairs of stage 2
 network_scores() {
     score cmi --key_id 0 --split_half
     for pair in 1 2; do score cmi --key_id $pair; done
@@ -112,8 +118,7 @@ network_runs() {
 
 # The same, weight by weight, on the networks of Experiment 2.
 weights_scores() {
-    score single --key_id all --estimator gaussian --given kept \
-        --parent_clusters 500 300 784 --children_clusters 300 10 500 # in the order of the pairs of stage 2
+    score single $singles
 }
 weights_runs() {
     prune mnist_weights/kept-magnitude @single "$all" "$alone" --Criterion cmi-magnitude --Refit
@@ -134,6 +139,37 @@ weights_validated_runs() {
         prune mnist_weights_validated/30_$dropout @single "$ours" --Dropout $dropout
         prune mnist_weights_validated/60_$dropout @single "$ours" --Dropout $dropout --Epoch 60 --Milestones 20 40
     done
+}
+
+# Weight by weight, retrained as the held-out images choose; at once, and in two rounds, the first to 95 %.
+long="--Epoch 60 --Milestones 20 40 --Dropout 0.02"
+weights_long_scores() {
+    weights_scores
+}
+weights_long_runs() {
+    prune mnist_weights_long/kept-magnitude @single "$all" "$alone" "$long" --Criterion cmi-magnitude --Refit
+    prune mnist_weights_long/magnitude "$all" "$alone" "$long" --Criterion magnitude --no-Refit
+    prune mnist_weights_long/magnitude_refit "$all" "$alone" "$long" --Criterion magnitude --Refit
+}
+weights_rounds_scores() {
+    weights_scores
+    {
+        prune mnist_weights_rounds/first/kept-magnitude @single "$all" "$alone" --Prune_per 0.95 \
+            --Criterion cmi-magnitude --Refit
+        prune mnist_weights_rounds/first/magnitude "$all" "$alone" --Prune_per 0.95 --Criterion magnitude --no-Refit
+    } | run
+    for seed in $seeds; do
+        $python pruning_1b.py --data_dir "$data" --weights_dir mnist_weights_rounds/first/kept-magnitude/"$seed"/0 \
+            --weights_file logits_95.00.pkl --name_postfix single $singles
+    done
+}
+weights_rounds_runs() {
+    first=mnist_weights_rounds/first
+    prune mnist_weights_rounds/kept-magnitude "$all" "$alone" "$long" --Criterion cmi-magnitude --Refit \
+        --Retrain $first/kept-magnitude/%/0/logits_95.00.pkl \
+        --Retrain_mask $first/kept-magnitude/%/0/I_parent_single.npy
+    prune mnist_weights_rounds/magnitude "$all" "$alone" "$long" --Criterion magnitude --no-Refit \
+        --Retrain $first/magnitude/%/0/logits_95.00.pkl
 }
 
 # Experiment 2: other numbers of groups and of images, at the paper's shares: GROUPS SAMPLES SHARE.
@@ -159,11 +195,11 @@ groups_runs() {
     done
 }
 
-legal="fc2 validated short network weights weights_validated groups"
+legal="fc2 validated short network weights weights_validated weights_long weights_rounds groups"
 experiments=${*:-$legal}
 for name in $experiments; do
-    case $name in
-    fc2 | validated | short | network | weights | weights_validated | groups) ;;
+    case " $legal " in
+    *" $name "*) ;;
     *)
         echo "mnist.sh: error: no experiment $name; legal: $legal" >&2
         exit 2
@@ -174,10 +210,10 @@ for name in $experiments; do
     (
         case $name in # these have networks of their own, so that they can be run on another machine than the rest
         validated | weights_validated) base=mnist_validated/baseline select=val ;;
-        weights | groups) base=mnist_groups/baseline ;;
+        weights | weights_long | weights_rounds | groups) base=mnist_groups/baseline ;;
         esac
         [ -n "${LIST:-}" ] || dense
         [ -n "${LIST:-}" ] || "${name}_scores"
-        "${name}_runs" | if [ -n "${LIST:-}" ]; then cat; else xargs -P "$jobs" -I {} sh -c '{}'; fi
+        "${name}_runs" | if [ -n "${LIST:-}" ]; then cat; else run; fi
     )
 done
