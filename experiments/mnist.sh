@@ -135,8 +135,10 @@ weights_validated_scores() {
 }
 weights_validated_runs() {
     ours="$all $alone --Criterion cmi-magnitude --Refit"
-    for dropout in 0.02 0.1 0.2; do
+    for dropout in 0.02 0.2; do
         prune mnist_weights_validated/30_$dropout @single "$ours" --Dropout $dropout
+    done
+    for dropout in 0.02 0.1 0.2; do
         prune mnist_weights_validated/60_$dropout @single "$ours" --Dropout $dropout --Epoch 60 --Milestones 20 40
     done
 }
@@ -149,7 +151,6 @@ weights_long_scores() {
 weights_long_runs() {
     prune mnist_weights_long/kept-magnitude @single "$all" "$alone" "$long" --Criterion cmi-magnitude --Refit
     prune mnist_weights_long/magnitude "$all" "$alone" "$long" --Criterion magnitude --no-Refit
-    prune mnist_weights_long/magnitude_refit "$all" "$alone" "$long" --Criterion magnitude --Refit
 }
 weights_rounds_scores() {
     weights_scores
