@@ -15,7 +15,7 @@ data=${DATA_DIR:-$PWD/../data}
 jobs=${JOBS:-1} # retraining runs at a time
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 seeds=${SEEDS:-$(seq 0 $((networks - 1)))} # the networks to prune
-base=mnist_mlp/baseline
+base=mnist_mlp/baseline inner= checkpoint=logits_best.pkl # a network is $base/<seed>$inner/$checkpoint
 select=last
 
 dense() { # the networks
@@ -25,15 +25,16 @@ score() { # POSTFIX FLAGS: the scores of all networks
     postfix=$1
     shift
     for seed in $seeds; do
-        $python pruning_1b.py --data_dir "$data" --weights_dir $base/"$seed" --name_postfix "$postfix" "$@"
+        $python pruning_1b.py --data_dir "$data" --weights_dir "$base/$seed$inner" --name_postfix "$postfix" "$@"
     done
 }
-prune() { # NAME FLAGS: one line per network; in the flags, @FAMILY names its scores, % is its seed
+prune() { # NAME FLAGS: one line per network; in the flags, @FAMILY names its scores
     name=$1
     shift
     for seed in $seeds; do
-        flags=$(echo "$*" | sed "s|@\([^ ]*\)|--Retrain_mask $base/$seed/I_parent_\1.npy|; s|%|$seed|g")
-        echo "$python retrain_stage3.py --Data_dir $data --Select $select --Seed $seed --Retrain $base/$seed/logits_best.pkl" \
+        network=$base/$seed$inner
+        flags=$(echo "$*" | sed "s|@\([^ ]*\)|--Retrain_mask $network/I_parent_\1.npy|")
+        echo "$python retrain_stage3.py --Data_dir $data --Select $select --Seed $seed --Retrain $network/$checkpoint" \
             "--upper_prune_limit 1 --Save_dir $name/$seed $flags"
     done
 }
@@ -159,18 +160,16 @@ weights_rounds_scores() {
             --Criterion cmi-magnitude --Refit
         prune mnist_weights_rounds/first/magnitude "$all" "$alone" --Prune_per 0.95 --Criterion magnitude --no-Refit
     } | run
-    for seed in $seeds; do
-        $python pruning_1b.py --data_dir "$data" --weights_dir mnist_weights_rounds/first/kept-magnitude/"$seed"/0 \
-            --weights_file logits_95.00.pkl --name_postfix single $singles
-    done
+    (after_first kept-magnitude && score single --weights_file "$checkpoint" $singles)
 }
 weights_rounds_runs() {
-    first=mnist_weights_rounds/first
-    prune mnist_weights_rounds/kept-magnitude "$all" "$alone" "$long" --Criterion cmi-magnitude --Refit \
-        --Retrain $first/kept-magnitude/%/0/logits_95.00.pkl \
-        --Retrain_mask $first/kept-magnitude/%/0/I_parent_single.npy
-    prune mnist_weights_rounds/magnitude "$all" "$alone" "$long" --Criterion magnitude --no-Refit \
-        --Retrain $first/magnitude/%/0/logits_95.00.pkl
+    (after_first kept-magnitude &&
+        prune mnist_weights_rounds/kept-magnitude @single "$all" "$alone" "$long" --Criterion cmi-magnitude --Refit)
+    (after_first magnitude &&
+        prune mnist_weights_rounds/magnitude "$all" "$alone" "$long" --Criterion magnitude --no-Refit)
+}
+after_first() { # RULE: the networks are those that the first round left
+    base=mnist_weights_rounds/first/$1 inner=/0 checkpoint=logits_95.00.pkl
 }
 
 # Experiment 2: other numbers of groups and of images, at the paper's shares: GROUPS SAMPLES SHARE.
