@@ -32,6 +32,7 @@ from common.training import evaluate
 def train(doc: str, model: ModuleType) -> None:
     """Stage 1: train the dense network, or take given weights, and write logits_best.pkl."""
     args = cli.parse(doc, stage=1, **model.TRAINING, Model=model.NAME, Save_dir=f"{model.NAME}/baseline")
+    cli.set_dropout(args, model.build(args.Dims))  # refuses before the data are read
     device = cli.training_device(args)
     data = cli.load_data(args, device)
     cli.check_data(args, data)

@@ -94,6 +94,7 @@ def test_given_weights_are_evaluated_and_written(photographs, tmp_path, call_in)
         ("resnet56", "--Dims 10", "--Dims 10: CIFAR10 has 2 classes"),
         ("resnet56", "--Dataset ImageNet --Data_dir nowhere", "must hold one folder of images per class"),
         ("vgg16", "--Weights none.pkl", "none.pkl does not exist"),
+        ("vgg16", "--Dropout 0.1 --Data_dir nowhere", "--Dropout 0.1: vgg16 has no dropout layers; leave the flag out"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(photographs, tmp_path, call_in, name, flags, message):
