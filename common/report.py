@@ -154,7 +154,7 @@ def course(records: list[dict]) -> str:
 def differences(folder: Path, name: str) -> str:
     """By how much one rule is ahead of each control at each pruned share, as a Markdown table.
 
-    A rule that combines CMI with magnitude is compared with CMI alone too.
+    It is compared with what it is made of too: CMI alone, and the same ranking without the even spread or the refit.
     Runs are paired by seed: they prune the same dense network. Difference of means ± its standard error, and the
     two-sided p-value of the paired t-test.
     """
@@ -162,10 +162,9 @@ def differences(folder: Path, name: str) -> str:
         f"| {name}, ahead of | pruned (%) | " + " | ".join(MOMENTS.values()) + " | networks |",
         "|---|---|---|---|---|---|",
     ]
-    points, alone = by_point(folder), name.replace("cmi-magnitude", "cmi")
+    points, parts = by_point(folder), {name.replace("cmi-magnitude", "cmi"), name.split(",")[0]} - {name}
     for share, control in points:
-        compared = control != name and (control == alone or not control.startswith("cmi"))
-        if not compared or (share, name) not in points:
+        if (control.startswith("cmi") and control not in parts) or (share, name) not in points:
             continue
         pairs = paired(points[share, name], points[share, control])
         cells = [difference(pairs, moment) for moment in MOMENTS]

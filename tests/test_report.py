@@ -93,6 +93,16 @@ def test_a_combination_is_compared_with_cmi_alone_and_controls_only(tmp_path):
     assert [line.split(" | ")[0] for line in lines] == ["| cmi (single)", "| magnitude (kept)", "| magnitude (single)"]
 
 
+def test_a_spread_and_refitted_rule_is_compared_with_the_plain_one(tmp_path):
+    for criterion in ("cmi", "random"):
+        for changes in ({}, {"Even": True, "Refit": True}):
+            record = {**run(criterion, 90, 97.0), "seed": 0}
+            record["arguments"] |= changes
+            artifacts.write_json(tmp_path / f"{criterion}_{len(changes)}" / "logits_90.00.json", record)
+    lines = report.differences(tmp_path, "cmi, even, refit").splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| cmi", "| random", "| random, even, refit"]
+
+
 def test_experiment_2_stands_beside_the_paper(tmp_path):
     """CMI leads by 1 and by 3 points: 2 ± 1 on average, and Student's t of 2 with one degree of freedom."""
     for k, (criterion, seed, accuracy) in enumerate(
