@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common.data import FileSplit, Split
 
-RELEVANCE_BATCH = 100  # images; gradients need the maps of all layers at once
+SENSITIVITY_BATCH = 100  # images; gradients need the maps of all layers at once
 
 
 def pool(features: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def pool(features: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def watched(network: nn.Module, keys: list[str], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def forward_hooks(network: nn.Module, keys: list[str], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Within it, `see` is called with (key, input, output) whenever one of these layers runs."""
 
     def hook(key: str):
@@ -33,7 +33,7 @@ def watched(network: nn.Module, keys: list[str], see: Callable[[str, Tensor, Ten
 
 
 @torch.inference_mode()
-def paired(
+def collect_activations(
     network: nn.Module, keys: list[str], split: Split | FileSplit, batch_size: int | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Inputs and outputs of layers in one pass over the split, in evaluation mode, pooled per batch on the device.
@@ -57,13 +57,15 @@ def paired(
         for values, feature in zip(seen[key], features, strict=True):
             values.append(pool(feature).float().cpu())
 
-    with watched(network, keys, keep):
+    with forward_hooks(network, keys, keep):
         for images, _ in split.batches(batch_size):
             network(images)
     return {key: (torch.cat(inputs), torch.cat(outputs)) for key, (inputs, outputs) in seen.items()}
 
 
-def relevance(network: nn.Module, keys: list[str], split: Split | FileSplit, seed: int = 0) -> dict[str, np.ndarray]:
+def output_sensitivity(
+    network: nn.Module, keys: list[str], split: Split | FileSplit, seed: int = 0
+) -> dict[str, np.ndarray]:
     """How much of the network's output goes through each unit of some layers: by key, a float64 array (outputs,).
 
     The variance of a unit over the images times the mean squared slope of the network's outputs in it, summed over
@@ -83,8 +85,8 @@ def relevance(network: nn.Module, keys: list[str], split: Split | FileSplit, see
     random = torch.Generator().manual_seed(seed)
     count, slopes = 0, dict.fromkeys(keys, 0)
     sums, squares = dict.fromkeys([*keys, None], 0), dict.fromkeys([*keys, None], 0)
-    with watched(network, keys, lambda key, _, output: outputs.update({key: output})):
-        for images, _ in split.batches(RELEVANCE_BATCH):
+    with forward_hooks(network, keys, lambda key, _, output: outputs.update({key: output})):
+        for images, _ in split.batches(SENSITIVITY_BATCH):
             outputs[None] = logits = network(images)
             combination = (logits * torch.randn(logits.shape, generator=random).to(logits.device)).sum()
             gradients = torch.autograd.grad(combination, [outputs[key] for key in keys])

@@ -1,26 +1,34 @@
-"""The flags of all scripts, each declared once. A script names those it takes and their defaults."""
+"""The flags of all scripts, each declared once, and what they ask for as objects. Nothing else knows a flag's name.
+
+Errors of other modules speak of `parameters`; `run` says them by the names of the running script's flags.
+"""
 
 import argparse
-import functools
+import contextlib
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
+from urllib.error import URLError
 
 import numpy as np
 import torch
 from torch import nn
 
-from common import artifacts, parallel, scoring
-from common.artifacts import ROOT, public, under_results
+from common import artifacts, parallel, records, runs, scoring
 from common.cmi import ESTIMATORS, kde
 from common.cmi.inputs import out_of_memory
 from common.data import Data, load
-from common.datasets import DATASETS
+from common.datasets import DATASETS, torchvision
 from common.errors import Diverged, InputError, reason
-from common.masks import Blocks, contiguous_blocks
-from common.runs import trained_on
-from common.training import OPTIMIZERS, Recipe
+from common.files import ROOT, display_path, file_lock, under_results
+from common.masks import Blocks, Mask, contiguous_blocks, weight_count
+from common.runs import Run, trained_on
+from common.scoring import LayerPair
+from common.training import OPTIMIZERS, SCHEDULES, set_dropout
 
 
 def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], float]:
@@ -73,16 +81,23 @@ def weights_source(text: str) -> Path | str:
     return text if text == "torchvision" else results_path(text)
 
 
+class Switch(argparse.BooleanOptionalAction):
+    """--Flag and --no-Flag; says its default as other flags do."""
+
+    def __init__(self, option_strings, dest, default=None, help=None) -> None:
+        super().__init__(option_strings, dest, default)
+        self.help = help
+
+
 COUNT, SHARE, INDEX = number(int, 1), number(float, 0, 1), number(int, 0)
 POSITIVE = number(float, 0, above=True)
 MANY, GPU = {"nargs": "+"}, "number of the CUDA GPU to use, if there is any; under torchrun each process has its own"
 BY_LAYER = "one for all pairs, or one per pair (default: model.py's, by layer)"
 CLASSES = "names of the classes to use the images of; labels and outputs stay those of the whole data set (all)"
 SKIP = "leave out image files that cannot be read, naming them"
-DROPOUT = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
-SWITCH = argparse.BooleanOptionalAction
 GO_ON = "the same command goes on from what is written"
 DATA_DIR = {"type": folder, "default": ROOT / "data", "help": "where data sets lie, and are downloaded to if absent"}
+SWITCH, ON = {"action": Switch}, {"action": "store_true"}
 
 
 def _flag(stages: str, kind, help_: str, default=None, **options) -> dict:
@@ -90,93 +105,110 @@ def _flag(stages: str, kind, help_: str, default=None, **options) -> dict:
     return {"stages": stages, **({} if kind is None else typed), "help": help_, "default": default, **options}
 
 
-FLAGS = {
-    "Epoch": _flag("13", COUNT, "epochs"),
-    "Batch_size": _flag("13", COUNT, "images per step"),
-    "Lr": _flag("13", POSITIVE, "learning rate"),
+EVERYDAY = {
     "Save_dir": _flag("13", results_path, "the runs go to SAVE_DIR/0, SAVE_DIR/1, ..."),
+    "Epoch": _flag("13", COUNT, "epochs"),
+    "Batch_size": _flag("13", COUNT, "images per step, over all processes"),
+    "Lr": _flag("13", POSITIVE, "learning rate"),
     "Dataset": _flag("13", DATASETS, "data set"),
-    "Dims": _flag("13", COUNT, "number of classes"),
-    "Expt_rerun": _flag("13", COUNT, "number of runs, with seeds SEED, SEED + 1, ...", 1),
-    "Milestones": _flag("13", COUNT, "epochs after which the learning rate is multiplied by GAMMA", nargs="*"),
-    "Opt": _flag("13", OPTIMIZERS, "optimizer; sgd has momentum 0.9"),
-    "Weight_decay": _flag("13", number(float, 0), "weight decay"),
-    "Dropout": _flag("13", number(float, 0, 0.99), "rate of all dropout layers (default: model.py's)"),
-    "Model": _flag("13", None, "the network of this folder"),
-    "Gamma": _flag("13", POSITIVE, "factor of the learning rate at the milestones"),
-    "Nesterov": _flag("13", None, "Nesterov momentum", action=SWITCH),
-    "Device_ids": _flag("13", INDEX, GPU, 0),
     "Data_dir": {"stages": "13", **DATA_DIR},
     "Seed": _flag("13", INDEX, "seed of the first run", 0),
-    "Classes": _flag("13", None, CLASSES, **MANY),
-    "Workers": _flag("13", INDEX, "processes that read images which do not fit into memory", min(8, os.cpu_count())),
-    "Amp": _flag("13", None, "train in bfloat16 where safe (on GPUs that have it)", action=SWITCH),
-    "Compile": _flag(
-        "13", None, "train through torch.compile: slow to start, then faster on GPUs", action="store_true"
-    ),
-    "Resume": _flag("13", None, "go on where a killed run was (on)", True, action=SWITCH),
-    "Skip_unreadable": _flag("13", None, SKIP, action="store_true"),
-    "Weights": _flag(
-        "1", weights_source, "do not train: evaluate and write the weights of this file, or 'torchvision'"
-    ),
-    "Val_size": _flag("13", INDEX, "training images held out to choose the best epoch by"),
+    "Expt_rerun": _flag("13", COUNT, "number of runs, with seeds SEED, SEED + 1, ...", 1),
     "Select": _flag("13", ("val", "last", "test"), "epoch kept: best on held-out images, last, best on test", "val"),
+    "key_id": _flag("23", INDEX, "which layer pair ('all': every one) or pruned share of the grid, from 0"),
+    "weights_dir": _flag("2", results_path, "where the checkpoint lies and the scores go"),
+    "name_postfix": _flag("2", plain_name, "tells score files of one directory apart", "cmi"),
+    "dataset": _flag("2", DATASETS, "data set"),
+    "data_dir": {"stages": "2", **DATA_DIR},
+    "samples_per_class": _flag("2", COUNT, "training images of each class to score with"),
+    "estimator": _flag("2", tuple(ESTIMATORS), "estimator of the conditional mutual information", "kde"),
+    "cores": _flag("2", COUNT, "parallel workers", os.cpu_count()),
     "Retrain": _flag("3", results_path, "the checkpoint to prune"),
+    "Prune_per": _flag("3", SHARE, "the pruned share itself, instead of the grid and KEY_ID"),
+    "Prune_of_network": _flag("3", None, "pruned shares are of all weights, not of the masked layers'", **ON),
+    "Criterion": _flag(
+        "3", ("cmi", "cmi-magnitude", "random", "magnitude"), "what ranks the blocks; see the README", "cmi"
+    ),
+}
+PRUNING = {
+    "children_key": _flag(
+        "3",
+        None,
+        "the child layer of each pair, whose weights are pruned (default: the MAX_SPARSITY of model.py)",
+        **MANY,
+    ),
+    "parent_key": _flag("3", None, "the parent layer of each pair (default: the children's)", **MANY),
+    "parent_clusters": _flag("23", COUNT, f"number of groups of parents: {BY_LAYER}", **MANY),
+    "children_clusters": _flag(
+        "23", COUNT, f"number of groups of children; the last layer keeps its classes: {BY_LAYER}", **MANY
+    ),
+    "grouping": _flag("2", ("index", "correlation"), "units of a group: neighbours, or those that correlate (index)"),
+    "lower_prune_per": _flag("3", SHARE, "start of the grid of pruned shares"),
+    "upper_prune_per": _flag("3", SHARE, "end of the grid of pruned shares"),
+    "prune_per_step": _flag("3", number(float, 0, 1, above=True), "step of the grid of pruned shares"),
+    "upper_prune_limit": _flag("3", SHARE, f"largest pruned share of a layer: {BY_LAYER}", **MANY),
+    "Even": _flag("3", None, "spread the kept blocks evenly over child and parent groups", **SWITCH),
+    "Refit": _flag("3", None, "refit the kept weights by least squares before retraining", **SWITCH),
+    "Samples_per_class": _flag("3", COUNT, "training images of each class to refit with"),
     "Retrain_mask": _flag(
         "3", results_path, "DIR/I_parent_<postfix>.npy, for the scores of all pairs (cmi: beside RETRAIN)"
     ),
     "Labels_file": _flag("3", results_path, "DIR/Labels_<postfix>.npy (default: beside the scores)"),
     "Labels_children_file": _flag("3", results_path, "DIR/Labels_children_<postfix>.npy (default: beside the scores)"),
-    "parent_key": _flag("3", None, "the parent layer of each pair (default: the children's)", **MANY),
-    "children_key": _flag(
-        "3", None, "the child layer of each pair, whose weights are pruned (default: the LIMITS of model.py)", **MANY
-    ),
-    "upper_prune_limit": _flag("3", SHARE, f"largest pruned share of a layer: {BY_LAYER}", **MANY),
-    "upper_prune_per": _flag("3", SHARE, "end of the grid of pruned shares"),
-    "lower_prune_per": _flag("3", SHARE, "start of the grid of pruned shares"),
-    "prune_per_step": _flag("3", number(float, 0, 1, above=True), "step of the grid of pruned shares"),
-    "Prune_per": _flag("3", SHARE, "the pruned share itself, instead of the grid and KEY_ID"),
-    "Prune_of_network": _flag(
-        "3", None, "pruned shares are of all weights, not of the masked layers'", action="store_true"
-    ),
-    "Criterion": _flag(
-        "3", ("cmi", "cmi-magnitude", "random", "magnitude"), "what ranks the blocks; see the README", "cmi"
-    ),
-    "Refit": _flag("3", None, "refit the kept weights by least squares before retraining", action=SWITCH),
-    "Samples_per_class": _flag("3", COUNT, "training images of each class to refit with"),
-    "Even": _flag("3", None, "spread the kept blocks evenly over child and parent groups", action=SWITCH),
-    "model": _flag("2", None, "the network of this folder"),
-    "dataset": _flag("2", DATASETS, "data set"),
-    "weights_dir": _flag("2", results_path, "where the checkpoint lies and the scores go"),
-    "weights_file": _flag("2", plain_name, "name of the checkpoint (default: logits_best.pkl)"),
-    "cores": _flag("2", COUNT, "parallel workers", os.cpu_count()),
-    "dims": _flag("2", COUNT, "number of classes"),
-    "samples_per_class": _flag("2", COUNT, "training images of each class to score with"),
-    "name_postfix": _flag("2", plain_name, "tells score files of one directory apart", "cmi"),
-    "data_dir": {"stages": "2", **DATA_DIR},
-    "seed": _flag("2", INDEX, "seed of the drawn images", 0),
-    "device_ids": _flag("2", INDEX, GPU, 0),
-    "classes": _flag("2", None, CLASSES, **MANY),
-    "skip_unreadable": _flag("2", None, SKIP, action="store_true"),
-    "estimator": _flag("2", tuple(ESTIMATORS), "estimator of the conditional mutual information", "kde"),
     "given": _flag(
         "2", ("rest", "kept"), "gaussian: given all other parents, or those left as the least go one by one (rest)"
     ),
     "width": _flag("2", POSITIVE, f"kde: kernel width in square roots of the number of parent units ({kde.WIDTH})"),
     "precision": _flag("2", tuple(kde.PRECISIONS), "kde: arithmetic of the scores (single)"),
-    "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (cpu)"),
-    "split_half": _flag("2", None, "also score two halves of the images; report their agreement", action="store_true"),
+    "split_half": _flag("2", None, "also score two halves of the images; report their agreement", **ON),
     "bootstrap": _flag("2", number(int, 2), "also standard errors of the scores, from so many halves of the images"),
     "null": _flag("2", COUNT, "also the scores' distribution without dependence, from so many permutations"),
-    "grouping": _flag("2", ("index", "correlation"), "units of a group: neighbours, or those that correlate (index)"),
-    "parent_clusters": _flag("23", COUNT, f"number of groups of parents: {BY_LAYER}", **MANY),
-    "children_clusters": _flag(
-        "23", COUNT, f"number of groups of children; the last layer keeps its classes: {BY_LAYER}", **MANY
-    ),
-    "key_id": _flag("23", INDEX, "which layer pair ('all': every one) or pruned share of the grid, from 0"),
 }
-# What makes no difference to the result and is not recorded.
-UNRECORDED = {"cores", "Expt_rerun", "Device_ids", "device_ids", "Data_dir", "data_dir", "Workers", "Resume"}
+RECIPE = {
+    "Opt": _flag("13", OPTIMIZERS, "optimizer; sgd has momentum 0.9"),
+    "Nesterov": _flag("13", None, "Nesterov momentum", **SWITCH),
+    "Weight_decay": _flag("13", number(float, 0), "weight decay"),
+    "Schedule": _flag("13", SCHEDULES, "learning rate: falls at MILESTONES, along a cosine, or rises first", "steps"),
+    "Milestones": _flag("13", COUNT, "epochs after which the learning rate is multiplied by GAMMA", nargs="*"),
+    "Gamma": _flag("13", POSITIVE, "factor of the learning rate at the milestones"),
+    "Warm_up": _flag("13", SHARE, "one-cycle: share of the epochs in which the learning rate rises", 0.3),
+    "Label_smoothing": _flag("13", number(float, 0, 0.99), "share of every label that is spread over all classes", 0.0),
+    "Dropout": _flag("13", number(float, 0, 0.99), "rate of all dropout layers (default: model.py's)"),
+    "Weights": _flag(
+        "1", weights_source, "do not train: evaluate and write the weights of this file, or 'torchvision'"
+    ),
+    "Init": _flag("1", weights_source, "start from the weights of this file, or 'torchvision'"),
+}
+DATA = {
+    "Val_size": _flag("13", INDEX, "training images held out to choose the best epoch by"),
+    "Classes": _flag("13", None, CLASSES, **MANY),
+    "classes": _flag("2", None, CLASSES, **MANY),
+    "Skip_unreadable": _flag("13", None, SKIP, **ON),
+    "skip_unreadable": _flag("2", None, SKIP, **ON),
+    "seed": _flag("2", INDEX, "seed of the drawn images", 0),
+    "weights_file": _flag("2", plain_name, "name of the checkpoint (default: logits_best.pkl)"),
+    "Dims": _flag("13", COUNT, "number of classes"),
+    "dims": _flag("2", COUNT, "number of classes"),
+    "Model": _flag("13", None, "the network of this folder"),
+    "model": _flag("2", None, "the network of this folder"),
+}
+MACHINE = {
+    "Device_ids": _flag("13", INDEX, GPU, 0),
+    "device_ids": _flag("2", INDEX, GPU, 0),
+    "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (cpu)"),
+    "Workers": _flag("13", INDEX, "processes that read images which do not fit into memory", min(8, os.cpu_count())),
+    "Amp": _flag("13", None, "train in bfloat16 where safe (default: on GPUs that have it)", **SWITCH),
+    "Compile": _flag("13", None, "train through torch.compile: slow to start, then faster on GPUs", **ON),
+    "Resume": _flag("13", None, "go on where a killed run was", True, **SWITCH),
+}
+HELP = {
+    "everyday": EVERYDAY, "layers, groups and scores": PRUNING, "recipe": RECIPE, "data": DATA, "machine": MACHINE
+}  # fmt: skip
+FLAGS = {name: flag for group in HELP.values() for name, flag in group.items()}
+# Not recorded: what makes no difference to the result; what is younger than the first records and as it was then.
+UNRECORDED = {"stage", "script", "cores", "Expt_rerun", "Device_ids", "device_ids", "Data_dir", "data_dir", "Workers"}
+UNRECORDED |= {"Resume", "key_ids"}
+AS_EVER = {"Schedule": "steps", "Warm_up": 0.3, "Label_smoothing": 0.0}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -184,151 +216,215 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parse(doc: str, stage: int, argv: list[str] | None = None, **defaults) -> argparse.Namespace:
-    """Parse a script's flags.
+def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse a script's flags and refuse what cannot be, before any work starts.
 
     Parameters
     ----------
-    doc : the script's docstring
+    script, doc : the script's file and docstring
+    model : the folder's model.py, whose values are the flags' defaults
     stage : 1, 2 or 3
     argv : default: the command line
-    **defaults : the script's values, by flag
     """
+    global _stage
+    _stage = str(stage)
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for name, flag in FLAGS.items():
-        if str(stage) not in flag["stages"]:
-            continue
-        options = {"default": None, **flag, **({"default": defaults[name]} if name in defaults else {})}
-        del options["stages"]
-        if name in ("Model", "model"):
-            options["choices"] = (options["default"],)
-        if name == "key_id" and stage == 2:
-            options |= {"required": True, "type": key_id_or_all}
-        if options.get("type") is results_path and options["default"] is not None:
-            options["default"] = under_results(options["default"])
-        if options["default"] is not None and options.get("action") is None:
-            options["help"] += f" (default: {_shown(options['default'])})"
-        parser.add_argument(f"--{name}", **options)
-    return parser.parse_args(argv)
+    for title, flags in HELP.items():
+        group = parser.add_argument_group(title)
+        for name, flag in flags.items():
+            if _stage in flag["stages"]:
+                group.add_argument(f"--{name}", **_options(name, flag, _defaults(model, stage)))
+    args = parser.parse_args(argv)
+    args.stage, args.script = stage, Path(script).resolve()
+    {1: _check_training, 2: _check_scoring, 3: _check_pruning}[stage](args, model)
+    return args
+
+
+_stage = "1"  # of the script that runs: whose flags errors speak of
+
+
+def _defaults(model: ModuleType, stage: int) -> dict:
+    """The values of model.py, by flag."""
+    base = f"{model.NAME}/baseline"
+    if stage == 2:
+        known = {"dataset": model.TRAINING["Dataset"], "dims": model.TRAINING["Dims"], "model": model.NAME}
+        return known | {"weights_dir": f"{base}/0", "samples_per_class": model.SAMPLES_PER_CLASS}
+    if stage == 1:
+        return {**model.TRAINING, "Model": model.NAME, "Save_dir": base}
+    known = {"Retrain": f"{base}/0/logits_best.pkl", "Samples_per_class": model.SAMPLES_PER_CLASS}
+    return {**model.RETRAINING, **known, "Model": model.NAME, "Save_dir": f"{model.NAME}/pruned"}
+
+
+def _options(name: str, flag: dict, defaults: dict) -> dict:
+    """What argparse is told of a flag."""
+    options = {**flag, **({"default": defaults[name]} if name in defaults else {})}
+    del options["stages"]
+    if name in ("Model", "model"):
+        options["choices"] = (options["default"],)
+    if name == "key_id" and _stage == "2":
+        options |= {"required": True, "type": key_id_or_all}
+    if name == "Epoch" and _stage == "3":
+        options["type"] = INDEX  # none: the pruned network as it is
+    if options.get("type") is results_path and options["default"] is not None:
+        options["default"] = under_results(options["default"])
+    if options["default"] is not None and options.get("action") != "store_true":
+        options["help"] += f" (default: {_shown(options['default'])})"
+    return options
 
 
 def _shown(value) -> str:
     """A flag's value in words."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, Path):
-        return public(value)
+        return display_path(value)
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _check_training(args: argparse.Namespace, model: ModuleType) -> None:
+    if args.Select == "val" and args.Val_size == 0:
+        raise InputError("--Val_size 0 leaves nothing to choose the best epoch by; give a size, or --Select test")
+    if args.Dropout is not None:
+        set_dropout(model.build(args.Dims), args.Dropout)
+    if args.stage == 1:
+        if args.Weights and args.Init:
+            raise InputError("--Weights and --Init: the one trains nothing, the other starts a training; give one")
+        args.Epoch = 0 if args.Weights else args.Epoch
+
+
+def _check_scoring(args: argparse.Namespace, model: ModuleType) -> None:
+    every = range(len(model.PAIRS))
+    args.key_ids = list(every) if args.key_id == "all" else [in_range("key_id", args.key_id, model.PAIRS)]
+    resolve_groups(args, [model.PAIRS[k][1] for k in args.key_ids], model.GROUPS)
+    scoring_options(args)
+
+
+def _check_pruning(args: argparse.Namespace, model: ModuleType) -> None:
+    _check_training(args, model)
+    pruned_share(args)
+    resolve_pairs(args, model.PAIRS, model.GROUPS, model.MAX_SPARSITY)
+    source = args.Retrain.parent
+    if args.Save_dir in (source, source.parent):
+        where = display_path(args.Save_dir)
+        raise InputError(f"--Save_dir {where} holds the checkpoint that is pruned; name another directory")
+    if not args.Refit:
+        args.Samples_per_class = None  # no images are needed: not recorded
 
 
 def recorded(args: argparse.Namespace) -> dict:
     """The arguments as records hold them: what decides the result, no path outside the repository."""
     return {
-        flag: public(value) if isinstance(value, Path) else value
+        flag: display_path(value) if isinstance(value, Path) else value
         for flag, value in sorted(vars(args).items())
-        if flag not in UNRECORDED
+        if flag not in UNRECORDED and (flag not in AS_EVER or value != AS_EVER[flag])
     }
 
 
-def recipe(args: argparse.Namespace) -> Recipe:
-    """The training recipe that the flags ask for."""
-    return Recipe(
-        epochs=args.Epoch,
-        batch_size=args.Batch_size,
-        lr=args.Lr,
-        milestones=tuple(args.Milestones),
-        gamma=args.Gamma,
-        weight_decay=args.Weight_decay,
-        opt=args.Opt,
-        nesterov=args.Nesterov,
-        amp=args.Amp,
-        compile=args.Compile,
-    )
+def load_data(args: argparse.Namespace, checkpoint: dict | None = None) -> Data:
+    """The data set, split as the flags ask for, on the chosen device; settles --Amp, whose default depends on it.
 
-
-def set_dropout(args: argparse.Namespace, network: nn.Module) -> None:
-    """Give all dropout layers the rate that --Dropout asks for."""
-    if args.Dropout is None:
-        return
-    layers = [layer for layer in network.modules() if isinstance(layer, DROPOUT)]
-    if not layers:
-        raise InputError(f"--Dropout {args.Dropout:g}: {args.Model} has no dropout layers; leave the flag out")
-    for layer in layers:
-        layer.p = args.Dropout
-
-
-def load_data(args: argparse.Namespace, on: torch.device) -> Data:
-    """The data set of stages 1 and 3, split as the flags ask for."""
-    if args.Select == "val" and args.Val_size == 0:
-        raise InputError("--Val_size 0 leaves nothing to choose the best epoch by; give a size, or --Select test")
-    return load(
-        args.Dataset,
-        args.Data_dir,
-        val_size=args.Val_size if args.Select == "val" else 0,
-        device=on,
-        classes=args.Classes,
-        workers=args.Workers,
-        skip=args.Skip_unreadable,
-    )
-
-
-def check_data(args: argparse.Namespace, data: Data, checkpoint: dict | None = None) -> None:
-    """Refuse a wrong number of classes, and a checkpoint of other data or of images that are now held out."""
-    stage2 = "dims" in args
-    dims = args.dims if stage2 else args.Dims
-    if dims != data.classes:
-        raise InputError(f"--{'dims' if stage2 else 'Dims'} {dims}: {data.name} has {data.classes} classes")
+    Refuses a wrong number of classes, and a checkpoint of other data or of images that are now held out.
+    """
+    given = {flag.lower(): value for flag, value in vars(args).items()}  # stage 2 spells the same flags in lower case
+    on = choose_device(given["device_ids"])
+    if args.stage == 2:
+        val_size = (checkpoint or {}).get("val_size", 0)
+    else:
+        val_size = args.Val_size if args.Select == "val" else 0
+        args.Amp = on.type == "cuda" and torch.cuda.is_bf16_supported() if args.Amp is None else args.Amp
+    reading = {"workers": args.cores if args.stage == 2 else args.Workers, "skip": given["skip_unreadable"]}
+    options = {"val_size": val_size, "device": on, "classes": given["classes"]}
+    data = load(given["dataset"], given["data_dir"], **options, **reading)
+    if given["dims"] != data.classes:
+        raise InputError(f"`dims` {given['dims']}: {data.name} has {data.classes} classes")
     for name, now in trained_on(data).items():
         before = (checkpoint or {}).get(name, now)
         if before != now:
-            flag = name if stage2 else name.capitalize()
-            raise InputError(f"--{flag} {_shown(now)}: the checkpoint was trained with {_shown(before)}; use the same")
+            shown = f"`{name}` {_shown(now)}: the checkpoint was trained with {_shown(before)}"
+            raise InputError(f"{shown}; use the same")
+    chooses = {"val": data.val, "last": None, "test": data.test}
+    return replace(data, selection=chooses[args.Select]) if args.stage != 2 else data
 
 
-def resolve_pairs(args: argparse.Namespace, pairs: list[tuple[str, str]], groups: dict, limits: dict) -> None:
-    """Put the layer pairs that stage 3 prunes, their numbers of groups and their limits into the arguments.
+def load_given(args: argparse.Namespace, network: nn.Module, model: ModuleType) -> None:
+    """Put the weights into the network that --Weights or --Init names, if one does: torchvision's, or a file's."""
+    source = args.Weights or args.Init
+    if source is None:
+        return
+    if source != "torchvision":
+        artifacts.load_state_dict(network, artifacts.load_checkpoint(source, plain=True)["state_dict"], source)
+        return
+    flag, name = "Weights" if args.Weights else "Init", getattr(model, "PRETRAINED", None)
+    if name is None:
+        raise InputError(f"--{flag} torchvision: torchvision has no weights of {model.NAME}; name a file")
+    try:
+        state = torchvision().models.get_weight(name).get_state_dict(check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise InputError(f"--{flag} torchvision: no download ({reason(error)}); name a file") from error
+    artifacts.load_state_dict(network, state, name)
+
+
+def start_run(
+    args: argparse.Namespace, rerun: int, name: str, images: Data, known: dict | None = None, mask: Mask | None = None
+) -> contextlib.AbstractContextManager[Run]:
+    """A run of stage 1 or 3, alone with its files; its `finished` says that it is complete already.
 
     Parameters
     ----------
-    pairs : (parent, child) of all layers
-    groups : default numbers of parent and child groups, by child
-    limits : default largest pruned share, by child; these layers are pruned unless others are named
+    rerun : its number, from 0
+    name : of the checkpoint of the epoch that is kept
+    known : what else its record holds from the beginning
+    mask : of a pruned network
     """
-    parents = {child: parent for parent, child in pairs}
-    args.children_key = args.children_key or list(limits)
-    args.parent_key = args.parent_key or [parents.get(child, "?") for child in args.children_key]
-    if len(args.parent_key) != len(args.children_key):
-        raise InputError(
-            f"--parent_key has {len(args.parent_key)} values, --children_key {len(args.children_key)}: give pairs"
-        )
-    for pair in zip(args.parent_key, args.children_key, strict=True):
-        if pair not in pairs:
-            raise InputError(f"--parent_key {pair[0]} --children_key {pair[1]} is no layer pair; legal: {_list(pairs)}")
-    if len(set(args.children_key)) < len(args.children_key):
-        raise InputError("--children_key names a layer twice")
-    resolve_groups(args, args.children_key, groups)
-    default = [limits.get(child, 1.0) for child in args.children_key]
-    args.upper_prune_limit = one_per_pair("upper_prune_limit", args.upper_prune_limit or default, len(default))
+    files = [
+        source for source in (getattr(args, "Weights", None), getattr(args, "Init", None)) if source != "torchvision"
+    ]
+    identity = {"inputs": records.checksums(*filter(None, files)), "data": images.describe()}
+    record = {
+        "stage": args.stage,
+        "arguments": recorded(args),
+        **identity,
+        **records.code_of(args.script),
+        **(known or {}),
+    }
+    if mask is not None:
+        parallel.assert_in_sync(mask)
+    options = {"seed": args.Seed + rerun, "select": args.Select, "resume": args.Resume, "mask": mask}
+    return runs.start(args.Save_dir / str(rerun) / name, record, images, **options)
 
 
-def resolve_groups(args: argparse.Namespace, children: list[str], groups: dict[str, tuple[int, int]]) -> None:
-    """Put numbers of groups, one per child layer, into the arguments."""
-    for k, flag in enumerate(("parent_clusters", "children_clusters")):
-        given = getattr(args, flag) or [groups[child][k] for child in children]
-        setattr(args, flag, one_per_pair(flag, given, len(children)))
+def weights_path(args: argparse.Namespace) -> Path:
+    """The checkpoint that stage 2 scores."""
+    return args.weights_dir / (args.weights_file or "logits_best.pkl")
 
 
-def check_save_dir(args: argparse.Namespace) -> None:
-    """Refuse to write pruned networks among the files they are made from."""
-    source = args.Retrain.parent
-    if args.Save_dir in (source, source.parent):
-        raise InputError(
-            f"--Save_dir {public(args.Save_dir)} holds the checkpoint that is pruned; name another directory"
-        )
+@contextlib.contextmanager
+def pending_pairs(
+    args: argparse.Namespace, network: nn.Module, model: ModuleType, images: Data
+) -> Iterator[list[LayerPair]]:
+    """The layer pairs that stage 2 is asked for and that are not scored yet, alone with their files."""
+    known = {"inputs": records.checksums(weights_path(args)), "data": images.describe(), **records.code_of(args.script)}
+    known |= records.environment(images.device)
+    families, todo = artifacts.score_paths(args.weights_dir, args.name_postfix), []
+    with contextlib.ExitStack() as locks:
+        for key_id, *groups in zip(args.key_ids, args.parent_clusters, args.children_clusters, strict=True):
+            parent, child = model.PAIRS[key_id]
+            blocks = contiguous_blocks(network, child, *groups)
+            paths = tuple(artifacts.score_path(family, parent, child) for family in families)
+            of_pair = {"key_id": key_id, "parent_clusters": groups[:1], "children_clusters": groups[1:]}
+            arguments = recorded(argparse.Namespace(**{**vars(args), **of_pair}))
+            record = {"stage": 2, "arguments": arguments, **known}
+            locks.enter_context(file_lock(paths[0]))
+            if not records.is_complete(paths[0], record, "name another --name_postfix, or remove it"):
+                todo.append(LayerPair(parent, child, blocks, paths, record))
+        yield todo
+        if len(args.key_ids) > 1:
+            print(f"{args.weights_dir}: scores of {len(args.key_ids)} layer pairs are complete")
 
 
-def scoring_options(args: argparse.Namespace) -> dict:
-    """The options of `scoring.score` that the flags ask for."""
+def scoring_options(args: argparse.Namespace, **more) -> dict:
+    """The options of `layer_cmi` that the flags ask for, and more that are not None."""
     options = {"estimator": args.estimator, "n_jobs": args.cores, "seed": args.seed}
-    options |= {"split_half": args.split_half, "bootstrap": args.bootstrap or 0, "null": args.null or 0}
     owner = {"width": "kde", "precision": "kde", "device": "kde", "given": "gaussian"}
     given = {flag: getattr(args, flag) for flag in owner if getattr(args, flag) is not None}
     for flag in given:
@@ -338,23 +434,54 @@ def scoring_options(args: argparse.Namespace) -> dict:
         if not torch.cuda.is_available():
             raise InputError("--device cuda: this machine has no CUDA GPU")
         given["device"] = f"cuda:{args.device_ids}"
-    return {**({"precision": "single"} if args.estimator == "kde" else {}), **options, **given}
+    return {
+        **({"precision": "single"} if args.estimator == "kde" else {}),
+        **options,
+        **given,
+        **{k: v for k, v in more.items() if v is not None},
+    }
 
 
-def blocks_and_scores(
-    args: argparse.Namespace, network: torch.nn.Module, pairs: list[tuple[str, str]]
-) -> tuple[dict[str, Blocks], dict[str, np.ndarray] | None, list[Path]]:
-    """Blocks and scores by child layer, and the files they were read from; without scores, blocks by the flags."""
-    families = score_families(args)
-    blocks, scores, files = {}, {}, []
+@dataclass(frozen=True)
+class Plan:
+    """What stage 3 is asked to prune.
+
+    Attributes
+    ----------
+    blocks : by child layer
+    scores : by child layer, (H, G); None without
+    sparsity, max_sparsity : share of the masked layers' weights to prune, and at most of each layer
+    like : scores whose share of every layer a control takes over, if there are any
+    known : entries of the record
+    """
+
+    blocks: dict[str, Blocks]
+    scores: dict[str, np.ndarray] | None
+    sparsity: float
+    max_sparsity: list[float]
+    like: dict[str, np.ndarray] | None
+    known: dict
+
+
+def pruning_plan(args: argparse.Namespace, network: nn.Module, model: ModuleType) -> Plan:
+    """Blocks, scores and share that the flags ask for; without scores, blocks by the flags."""
+    families, blocks, scores, paths, made = score_families(args), {}, {}, [], {}
+    checkpoint = records.checksums(args.Retrain)
     asked = zip(args.parent_key, args.children_key, args.parent_clusters, args.children_clusters, strict=True)
     for parent, child, *groups in asked:
         blocks[child] = contiguous_blocks(network, child, *groups)
         if families:
-            remedy = f"run pruning_1b.py --key_id {pairs.index((parent, child))} with the same groups first"
-            files += [artifacts.of_pair(family, parent, child) for family in families]
-            scores[child], blocks[child] = scoring.load(files[-3:], blocks[child], remedy)
-    return blocks, scores if families else None, files
+            remedy = f"run pruning_1b.py --key_id {model.PAIRS.index((parent, child))} with the same groups first"
+            paths += [artifacts.score_path(family, parent, child) for family in families]
+            scores[child], blocks[child], made = scoring.load(paths[-3:], blocks[child], remedy, checkpoint)
+    sparsity = share_of_masked(args, pruned_share(args), network, blocks)
+    known = {"inputs": records.checksums(args.Retrain, *paths), "requested_percent": 100 * sparsity}
+    if made:
+        how = ("estimator", "given", "grouping")
+        known["scores"] = {flag: made["arguments"][flag] for flag in how if made["arguments"].get(flag)}
+    scores = scores if families else None
+    like = None if args.Criterion.startswith("cmi") else scores
+    return Plan(blocks, scores, sparsity, args.upper_prune_limit, like, known)
 
 
 def score_families(args: argparse.Namespace) -> list[Path]:
@@ -368,17 +495,15 @@ def score_families(args: argparse.Namespace) -> list[Path]:
         raise InputError(
             f"--Retrain_mask {mask.name}: must be I_parent_<postfix>.npy, the name that stage 2 gives to scores"
         )
-    beside = artifacts.score_families(mask.parent, mask.name.removeprefix("I_parent_").removesuffix(".npy"))
+    beside = artifacts.score_paths(mask.parent, mask.name.removeprefix("I_parent_").removesuffix(".npy"))
     return [mask, args.Labels_file or beside[1], args.Labels_children_file or beside[2]]
 
 
-def share_of_masked(
-    args: argparse.Namespace, share: float, network: torch.nn.Module, blocks: dict[str, Blocks]
-) -> float:
+def share_of_masked(args: argparse.Namespace, share: float, network: nn.Module, blocks: dict[str, Blocks]) -> float:
     """The pruned share of the masked layers: the one asked for, which may be of all weights."""
     if not args.Prune_of_network:
         return share
-    weights = sum(p.numel() for p in network.parameters() if p.ndim > 1)
+    weights = weight_count(network)
     masked = sum(b.weights.sum() for b in blocks.values())
     if share * weights > masked:
         raise InputError(f"{100 * share:g} % of the network: the masked layers hold {100 * masked / weights:.2f} %")
@@ -398,6 +523,39 @@ def pruned_share(args: argparse.Namespace) -> float:
     return grid[in_range("key_id", args.key_id, grid)]
 
 
+def resolve_pairs(args: argparse.Namespace, pairs: list[tuple[str, str]], groups: dict, max_sparsity: dict) -> None:
+    """Put the layer pairs that stage 3 prunes, their numbers of groups and their limits into the arguments.
+
+    Parameters
+    ----------
+    pairs : (parent, child) of all layers
+    groups : default numbers of parent and child groups, by child
+    max_sparsity : default largest pruned share, by child; these layers are pruned unless others are named
+    """
+    parents = {child: parent for parent, child in pairs}
+    args.children_key = args.children_key or list(max_sparsity)
+    args.parent_key = args.parent_key or [parents.get(child, "?") for child in args.children_key]
+    if len(args.parent_key) != len(args.children_key):
+        raise InputError(
+            f"--parent_key has {len(args.parent_key)} values, --children_key {len(args.children_key)}: give pairs"
+        )
+    for pair in zip(args.parent_key, args.children_key, strict=True):
+        if pair not in pairs:
+            raise InputError(f"--parent_key {pair[0]} --children_key {pair[1]} is no layer pair; legal: {_list(pairs)}")
+    if len(set(args.children_key)) < len(args.children_key):
+        raise InputError("--children_key names a layer twice")
+    resolve_groups(args, args.children_key, groups)
+    default = [max_sparsity.get(child, 1.0) for child in args.children_key]
+    args.upper_prune_limit = one_per_pair("upper_prune_limit", args.upper_prune_limit or default, len(default))
+
+
+def resolve_groups(args: argparse.Namespace, children: list[str], groups: dict[str, tuple[int, int]]) -> None:
+    """Put numbers of groups, one per child layer, into the arguments."""
+    for k, flag in enumerate(("parent_clusters", "children_clusters")):
+        given = getattr(args, flag) or [groups[child][k] for child in children]
+        setattr(args, flag, one_per_pair(flag, given, len(children)))
+
+
 def in_range(flag: str, index: int, choices: list) -> int:
     """The index, if it is one of a list's."""
     if index >= len(choices):
@@ -405,7 +563,14 @@ def in_range(flag: str, index: int, choices: list) -> int:
     return index
 
 
-def device(index: int) -> torch.device:
+def one_per_pair(flag: str, values: list, pairs: int) -> list:
+    """A list with one value per layer pair; a single value stands for all."""
+    if len(values) not in (1, pairs):
+        raise InputError(f"--{flag} has {len(values)} values for {pairs} layer pairs; give 1 or {pairs}")
+    return values * pairs if len(values) == 1 else values
+
+
+def choose_device(index: int) -> torch.device:
     """The chosen CUDA GPU, or the CPU where there is none."""
     count, index = torch.cuda.device_count(), parallel.local_gpu(index)
     if count == 0:
@@ -417,21 +582,6 @@ def device(index: int) -> torch.device:
     torch.cuda.set_device(index)
     torch.backends.cudnn.benchmark = True  # shapes stay the same; GPU runs are not bit for bit repeatable anyway
     return torch.device("cuda", index)
-
-
-def training_device(args: argparse.Namespace) -> torch.device:
-    """As `device`; settles --Amp, whose default depends on it."""
-    chosen = device(args.Device_ids)
-    if args.Amp is None:
-        args.Amp = chosen.type == "cuda" and torch.cuda.is_bf16_supported()
-    return chosen
-
-
-def one_per_pair(flag: str, values: list, pairs: int) -> list:
-    """A list with one value per layer pair; a single value stands for all."""
-    if len(values) not in (1, pairs):
-        raise InputError(f"--{flag} has {len(values)} values for {pairs} layer pairs; give 1 or {pairs}")
-    return values * pairs if len(values) == 1 else values
 
 
 def run(main: Callable[[], None]) -> None:
@@ -457,16 +607,6 @@ def run(main: Callable[[], None]) -> None:
         os._exit(130)  # at once: workers that are still at it would abort Python's own way out
 
 
-def script(work: Callable) -> Callable:
-    """A function that is a whole script: see `run`."""
-
-    @functools.wraps(work)
-    def wrapped(*args) -> None:
-        run(lambda: work(*args))
-
-    return wrapped
-
-
 def _list(choices: list) -> str:
     """Choices with their indices, in words."""
     return ", ".join(f"{i}: {_shown(c)}" for i, c in enumerate(choices))
@@ -474,5 +614,12 @@ def _list(choices: list) -> str:
 
 def _say(name: str, error, code: int) -> int:
     if parallel.rank() == 0:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {in_flags(str(error))}", file=sys.stderr)
     return code
+
+
+def in_flags(message: str) -> str:
+    """A message that names `parameters`, by the names of the running stage's flags."""
+    flags = {name.lower(): f"--{name}" for name, flag in FLAGS.items() if _stage in flag["stages"]}
+    flags |= {f"no-{name}": flag.replace("--", "--no-") for name, flag in flags.items()}
+    return re.sub(r"`([\w-]+)`", lambda name: flags.get(name[1].lower(), name[1]), message)

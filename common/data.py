@@ -1,7 +1,7 @@
 """Data sets as splits that give batches on the device: small images lie there whole, large ones are read as needed."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +15,10 @@ from common import parallel
 from common.datasets import DATASETS, SPLIT_SEED, Source, read_image, torchvision, unreadable
 from common.errors import InputError
 
-PADDING = 4  # pixels by which small photographs may be shifted
 CROP, RESIZED = 224, 256  # of large photographs
+# Called once an epoch with (number of images, generator of random numbers, device), it returns a function of a batch's
+# (uint8 images, their rows) that changes them.
+Augmentation = Callable[[int, torch.Generator, torch.device], Callable[[Tensor, Tensor], Tensor]]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation by channel, as is customary
 EVALUATED_PIXELS = 2**20  # in one batch of an evaluation
 
@@ -28,14 +30,12 @@ class Split:
     Attributes
     ----------
     mean, std : (channels, 1, 1) of images in [0, 1], to normalise by; None: batches are in [0, 1]
-    augment : whether training batches are cropped and mirrored at random
     """
 
     images: Tensor
     labels: Tensor
     mean: Tensor | None = None
     std: Tensor | None = None
-    augment: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,22 +47,25 @@ class Split:
         """Yield (float32 images, labels) of every row once, in order; of several processes each gets its part."""
         size = batch_size or max(1, EVALUATED_PIXELS // self.images[0, 0].numel())
         for rows in torch.arange(len(self), device=self.labels.device).split(size):
-            rows = parallel.share(rows)
+            rows = parallel.shard(rows)
             yield self._floats(self.images[rows]), self.labels[rows]
 
-    def training_batches(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def shuffled(
+        self, batch_size: int, seed: int, augment: Augmentation | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Yield (float32 images, labels, rows of the batch over all processes); `seed` fixes order and augmentation."""
+        if isinstance(augment, (list, tuple)):
+            raise InputError("these images lie in memory: augment them by a function, such as crop_and_flip()")
         random, device = torch.Generator().manual_seed(seed), self.labels.device
         order = torch.randperm(len(self), generator=random).to(device)
-        if self.augment:
-            shifts = torch.randint(2 * PADDING + 1, (2, len(self)), generator=random).to(device)
-            mirrored = (torch.rand(len(self), generator=random) < 0.5).to(device)
+        change = augment(len(self), random, device) if augment else lambda images, rows: images
         for batch in _whole_enough(order.split(batch_size)):
-            rows = parallel.share(batch)
-            images = self.images[rows]
-            if self.augment:
-                images = shift_and_mirror(images, *shifts[:, rows], mirrored[rows])
-            yield self._floats(images), self.labels[rows], len(batch)
+            rows = parallel.shard(batch)
+            yield self._floats(change(self.images[rows], rows)), self.labels[rows], len(batch)
+
+    def steps(self, batch_size: int) -> int:
+        """Number of batches in an epoch of training."""
+        return _steps(len(self), batch_size)
 
     def _floats(self, images: Tensor) -> Tensor:
         images = images.float().div_(255)
@@ -94,20 +97,26 @@ class FileSplit:
         size = batch_size or EVALUATED_PIXELS // CROP**2
         yield from self._read(torch.arange(len(self)).split(size), transforms.Compose(steps))
 
-    def training_batches(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """As `Split.training_batches`: random parts of the images, scaled to 224 x 224, and mirrored."""
+    def shuffled(self, batch_size: int, seed: int, augment: list) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """As `Split.shuffled`; the images are changed by a list of torchvision's transforms to one size."""
+        if not isinstance(augment, (list, tuple)):
+            raise InputError("these images are read from files: augment them by a list of torchvision's transforms")
         transforms = torchvision().transforms.v2
-        steps = [transforms.RandomResizedCrop(CROP), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+        steps = [*augment, transforms.PILToTensor()]
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         batches = list(_whole_enough(order.split(batch_size)))
         read = self._read(batches, transforms.Compose(steps), seed)
         for batch, (images, labels) in zip(batches, read, strict=True):
             yield images, labels, len(batch)
 
+    def steps(self, batch_size: int) -> int:
+        """Number of batches in an epoch of training."""
+        return _steps(len(self), batch_size)
+
     def _read(self, batches, transform, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.labels.device
         mean, std = (torch.tensor(v, device=device)[:, None, None] for v in IMAGENET)
-        parts = [parallel.share(batch) for batch in batches]
+        parts = [parallel.shard(batch) for batch in batches]
         loader = torch.utils.data.DataLoader(
             _Decoded(self.paths, transform, seed),
             batch_sampler=[part.tolist() for part in parts],
@@ -154,6 +163,14 @@ def _whole_enough(batches: tuple[Tensor, ...]) -> Iterator[Tensor]:
     return (batch for batch in batches if len(batch) >= 2 * parallel.size())
 
 
+def _steps(rows: int, batch_size: int) -> int:
+    least = 2 * parallel.size()
+    steps = rows // batch_size * (batch_size >= least) + (rows % batch_size >= least)
+    if not steps:
+        raise InputError(f"`batch_size` {batch_size}: no batch of {rows} images has two for each process")
+    return steps
+
+
 @dataclass(frozen=True)
 class Data:
     """A data set in three disjoint splits.
@@ -162,6 +179,7 @@ class Data:
     ----------
     classes : number of classes of the whole data set, so of a network's outputs
     chosen : names of the classes whose images are used, if not all
+    selection : what chooses the epoch that is kept; None: nothing, it is the last one
     fingerprint : SHA-256 of all images and labels; of images that are read as needed, of the files' names
     """
 
@@ -172,6 +190,12 @@ class Data:
     classes: int
     chosen: tuple[str, ...] | None
     fingerprint: str
+    selection: Split | FileSplit | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where images and labels go."""
+        return self.train.labels.device
 
     def describe(self) -> dict:
         """What a record says of it."""
@@ -186,24 +210,35 @@ def derived_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def shift_and_mirror(images: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tensor:
+def crop_and_flip(padding: int = 4) -> Augmentation:
+    """The usual augmentation of small photographs: shifted by up to `padding` pixels, mirrored left to right or not."""
+
+    def draw(count: int, random: torch.Generator, device: torch.device):
+        shifts = torch.randint(2 * padding + 1, (2, count), generator=random).to(device)
+        mirrored = (torch.rand(count, generator=random) < 0.5).to(device)
+        return lambda images, rows: shift_and_mirror(images, *shifts[:, rows], mirrored[rows], padding)
+
+    return draw
+
+
+def shift_and_mirror(images: Tensor, down: Tensor, right: Tensor, mirrored: Tensor, padding: int) -> Tensor:
     """Crop every image (b, c, h, w) from itself padded with black, and mirror some.
 
     Parameters
     ----------
-    down, right : (b,) where the crop starts in the padded image, 0 to 2 * `PADDING`
+    down, right : (b,) where the crop starts in the padded image, 0 to 2 * `padding`
     mirrored : (b,) boolean, which are mirrored left to right
     """
     height, width = images.shape[2:]
     rows, cols = (torch.arange(n, device=images.device) for n in (height, width))
     cols = torch.where(mirrored[:, None], cols.flip(0), cols) + right[:, None]
     rows = rows + down[:, None]
-    padded = F.pad(images, (PADDING,) * 4).permute(0, 2, 3, 1)
+    padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
     image = torch.arange(len(images), device=images.device)[:, None, None]
     return padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
-def sample_per_class(labels: Tensor, count: int, seed: int, flag: str = "samples_per_class") -> Tensor:
+def sample_per_class(labels: Tensor, count: int, seed: int) -> Tensor:
     """Indices of `count` rows of every class that occurs, drawn without replacement.
 
     Parameters
@@ -211,7 +246,6 @@ def sample_per_class(labels: Tensor, count: int, seed: int, flag: str = "samples
     labels : (n,) integer tensor
     count : rows per class
     seed : the same seed draws the same rows
-    flag : what asked for it, for error messages
 
     Returns
     -------
@@ -227,8 +261,8 @@ def sample_per_class(labels: Tensor, count: int, seed: int, flag: str = "samples
     classes, sizes = np.unique(values, return_counts=True)
     if count > sizes.min():
         raise InputError(
-            f"--{flag} {count}: class {classes[sizes.argmin()]} of the training split has {sizes.min()} images; "
-            f"legal: 1 to {sizes.min()}"
+            f"`samples_per_class` {count}: class {classes[sizes.argmin()]} of the training split has {sizes.min()} "
+            f"images; legal: 1 to {sizes.min()}"
         )
     rows = [rng.choice(np.flatnonzero(values == c), count, replace=False) for c in classes]
     return torch.from_numpy(rng.permutation(np.concatenate(rows)))
@@ -272,10 +306,7 @@ def load(
         whole, test = (FileSplit(x, y.to(device), workers, skip) for x, y in ((train_x, train_y), (test_x, test_y)))
     else:
         scale = _mean_and_std(train_x[train_rows], device) if source.natural else (None, None)
-        whole, test = (
-            Split(x.to(device), y.to(device), *scale, augment=source.natural)
-            for x, y in ((train_x, train_y), (test_x, test_y))
-        )
+        whole, test = (Split(x.to(device), y.to(device), *scale) for x, y in ((train_x, train_y), (test_x, test_y)))
     chosen = tuple(classes) if classes else None
     return Data(name, whole[train_rows], whole[val_rows], test, len(source.classes), chosen, digest)
 
@@ -294,7 +325,7 @@ def _only(part: tuple, names: list[str], chosen: list[str] | None) -> tuple:
     unknown = [name for name in chosen if name not in names]
     if unknown:
         some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        raise InputError(f"--Classes {unknown[0]}: no such class; legal: {some}")
+        raise InputError(f"`classes` {unknown[0]}: no such class; legal: {some}")
     images, labels = part
     rows = torch.isin(labels, torch.tensor([names.index(name) for name in chosen]))
     return images[rows.numpy() if isinstance(images, np.ndarray) else rows], labels[rows]
@@ -317,6 +348,6 @@ def _hold_out(labels: np.ndarray, val_size: int) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(rows), torch.empty(0, dtype=torch.int64)
     least = len(np.unique(labels))
     if not least <= val_size <= len(labels) - least:
-        raise InputError(f"--Val_size {val_size}: legal: 0, or {least} to {len(labels) - least}")
+        raise InputError(f"`val_size` {val_size}: legal: 0, or {least} to {len(labels) - least}")
     train, val = train_test_split(rows, test_size=val_size, random_state=SPLIT_SEED, stratify=labels)
     return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))

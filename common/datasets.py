@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from common import artifacts
+from common import artifacts, files, records
 from common.errors import InputError, reason
 
 SPLIT_SEED = 0  # which images are held out belongs to the data set: the same in every stage, seed and rerun
@@ -41,8 +41,8 @@ class Source:
 def _idx_files(folder: Path, name: str, skip: bool) -> Source:
     """MNIST and its relatives, read (and downloaded, where possible) by torchvision."""
     raw = folder / name / "raw"
-    files = "train-images-idx3-ubyte train-labels-idx1-ubyte t10k-images-idx3-ubyte t10k-labels-idx1-ubyte"
-    train, test = _downloaded(folder, name, raw, f"put {files} (or their .gz) there")
+    names = "train-images-idx3-ubyte train-labels-idx1-ubyte t10k-images-idx3-ubyte t10k-labels-idx1-ubyte"
+    train, test = _downloaded(folder, name, raw, f"put {names} (or their .gz) there")
     parts = ((part.data[:, None], part.targets) for part in (train, test))
     return Source(*parts, [str(digit) for digit in range(10)])
 
@@ -93,14 +93,14 @@ DATASETS = {
 def _downloaded(folder: Path, name: str, where: Path, remedy: str):
     """torchvision's training and test set; the files are downloaded if they are absent."""
     dataset = getattr(torchvision().datasets, name)
-    new = artifacts.absent(where)
+    new = files.absent(where)
     try:
         return [dataset(folder, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, ValueError) as error:
-        artifacts.remove_empty(new)  # one that holds part of a download stays
+        files.remove_empty(new)  # one that holds part of a download stays
         raise InputError(
-            f"--Dataset {name}: no usable files in {where} and no download ({reason(error)}); {remedy}, "
-            "or name another --Data_dir"
+            f"`dataset` {name}: no usable files in {where} and no download ({reason(error)}); {remedy}, "
+            "or name another `data_dir`"
         ) from error
 
 
@@ -110,7 +110,7 @@ def _image_folder(root: Path):
         return torchvision().datasets.ImageFolder(root)
     except OSError as error:
         raise InputError(
-            f"{root} must hold one folder of images per class ({reason(error)}); see --Data_dir"
+            f"{root} must hold one folder of images per class ({reason(error)}); see `data_dir`"
         ) from error
 
 
@@ -129,11 +129,11 @@ def _small_images(root: Path, skip: bool) -> Source:
     parts = [_image_folder(root / part) for part in ("train", "test")]
     _same_classes(root, *(part.classes for part in parts))
     samples, border = [sample for part in parts for sample in part.samples], len(parts[0].samples)
-    files = (f"{Path(path).relative_to(root)} {Path(path).stat().st_size}" for path, _ in samples)
-    listing = hashlib.sha256("\n".join(files).encode()).hexdigest()
+    names = (f"{Path(path).relative_to(root)} {Path(path).stat().st_size}" for path, _ in samples)
+    listing = hashlib.sha256("\n".join(names).encode()).hexdigest()
     cache = root / "decoded.npy"
-    record = artifacts.record_of(cache)
-    known = artifacts.read_json(record) if cache.is_file() and record.is_file() else {}
+    record = records.record_path(cache)
+    known = records.read(record) if cache.is_file() and record.is_file() else {}
     if known.get("listing") == listing and "files" in known:  # without checksums the run that made it was killed
         rows = artifacts.load_array(cache, record, "remove it")
     else:
@@ -145,7 +145,7 @@ def _small_images(root: Path, skip: bool) -> Source:
             unreadable(errors, skip)
         else:
             with contextlib.suppress(OSError):  # a folder that cannot be written to costs the decoding every time
-                artifacts.save({cache: artifacts.array_bytes(rows)}, {"listing": listing})
+                records.save({cache: artifacts.array_bytes(rows)}, {"listing": listing})
     side = int((rows[0, 1:].size / 3) ** 0.5)
     images, labels = torch.from_numpy(rows[:, 1:]).reshape(-1, 3, side, side), torch.from_numpy(rows[:, 0]).long()
     return Source(
@@ -167,8 +167,7 @@ def _row(path: str, label: int) -> np.ndarray | str:
 def unreadable(errors: dict[int, str], skip: bool) -> None:
     """Say which image files were left out, or refuse them."""
     if not skip:
-        remedy = "--Skip_unreadable (stage 2: --skip_unreadable) leaves such files out"
-        raise InputError(f"{next(iter(errors.values()))}; {remedy}")
+        raise InputError(f"{next(iter(errors.values()))}; `skip_unreadable` leaves such files out")
     for error in errors.values():
         print(f"left out: {error}", file=sys.stderr)
 

@@ -1,7 +1,6 @@
-"""Groups of units, blocks of weights between groups, and masks that keep pruned blocks at zero."""
+"""Groups of units, blocks of weights between groups, and the mask that keeps pruned blocks at zero."""
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,9 +54,9 @@ def contiguous_blocks(network: nn.Module, key: str, parents: int, children: int)
     outputs, inputs = weight.shape[:2]
     last = [name for name, parameter in network.named_parameters() if parameter.ndim > 1][-1]
     children = outputs if key == last else children
-    for flag, groups, units in (("parent_clusters", parents, inputs), ("children_clusters", children, outputs)):
+    for name, groups, units in (("parent_clusters", parents, inputs), ("children_clusters", children, outputs)):
         if groups > units:
-            raise InputError(f"--{flag} {groups}: {key} has {units} of these units; legal: 1 to {units}")
+            raise InputError(f"`{name}` {groups}: {key} has {units} of these units; legal: 1 to {units}")
     return Blocks(contiguous_groups(outputs, children), contiguous_groups(inputs, parents), weight[0, 0].numel())
 
 
@@ -84,50 +83,109 @@ def correlated_groups(units: np.ndarray, groups: int) -> np.ndarray:
     return labels[np.argsort(leaves_list(tree))]
 
 
-def select(scores: list[np.ndarray], weights: list[np.ndarray], share: float, caps: list[float]) -> list[np.ndarray]:
-    """Choose the blocks of lowest score, over all layers together, until the requested share of weights is reached.
+def rank(
+    criterion: str, network: nn.Module, blocks: dict[str, Blocks], scores: dict[str, np.ndarray] | None, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """What a criterion thinks of every block: by layer an (H, G) array; blocks of lowest rank are pruned first.
+
+    Parameters
+    ----------
+    criterion : "cmi": the scores; "magnitude": mean absolute weight; "random"; "cmi-magnitude": square root of the
+        score times mean absolute weight
+    scores : one (H, G) array per layer; needed for "cmi" and "cmi-magnitude"
+    seed : of the random ranks
+    """
+    rng = np.random.default_rng([seed, 1])
+
+    def magnitude(key: str) -> np.ndarray:
+        return blocks[key].mean_magnitude(network.get_parameter(key))
+
+    of_layer = {
+        "cmi": lambda key: scores[key],
+        "magnitude": magnitude,
+        "random": lambda key: rng.random(blocks[key].weights.shape),
+        "cmi-magnitude": lambda key: np.sqrt(np.maximum(scores[key], 0)) * magnitude(key),
+    }[criterion]
+    return {key: of_layer(key) for key in blocks}
+
+
+def select_blocks(
+    ranks: dict[str, np.ndarray],
+    blocks: dict[str, Blocks],
+    sparsity: float,
+    max_sparsity: list[float],
+    *,
+    like: dict[str, np.ndarray] | None = None,
+    balanced: bool = False,
+) -> dict[str, np.ndarray]:
+    """Keep the blocks of highest rank, over all layers together, at the requested sparsity.
+
+    Parameters
+    ----------
+    ranks : one (H, G) array per layer
+    sparsity, max_sparsity : as for `select`
+    like : other ranks, which decide how much of each layer is kept: a control that differs from them within layers only
+    balanced : spread what each layer keeps evenly over its child and over its parent groups, see `select_balanced`
+
+    Returns
+    -------
+    One boolean (H, G) array per layer, True where a block is kept.
+    """
+    sizes = [block.weights for block in blocks.values()]
+    kept = select([(like or ranks)[key] for key in blocks], sizes, sparsity, max_sparsity)
+    if balanced or like is not None:
+        shares = [size[~k].sum() / size.sum() for size, k in zip(sizes, kept, strict=True)]
+        within = select_balanced if balanced else lambda rank, size, share: select([rank], [size], share, [1.0])[0]
+        kept = [within(ranks[key], w, s) for key, w, s in zip(blocks, sizes, shares, strict=True)]
+    return dict(zip(blocks, kept, strict=True))
+
+
+def select(
+    scores: list[np.ndarray], weights: list[np.ndarray], sparsity: float, max_sparsity: list[float]
+) -> list[np.ndarray]:
+    """Drop the blocks of lowest score, over all layers together, until the requested share of weights is gone.
 
     Parameters
     ----------
     scores : one (H, G) array per layer; low scores are pruned first, equal ones in an order that is fixed and arbitrary
     weights : how many weights each block holds, same shapes
-    share : share of all these weights to prune, in [0, 1]
-    caps : largest share of each layer that may be pruned
+    sparsity : share of all these weights to prune, in [0, 1]
+    max_sparsity : largest share of each layer that may be pruned
 
     Returns
     -------
-    One boolean (H, G) array per layer, True where a block is pruned. Their share is at least `share` and exceeds it by
-    less than one block; no layer's share exceeds its cap.
+    One boolean (H, G) array per layer, True where a block is kept. The share of the others is at least `sparsity` and
+    exceeds it by less than one block; no layer's exceeds its maximum.
 
     Raises
     ------
     InputError
-        If the caps do not allow the share, or a score is not a number.
+        If the maxima do not allow the sparsity, or a score is not a number.
     """
     flat = np.concatenate([s.ravel() for s in scores])
     if np.isnan(flat).any():
         raise InputError("scores hold NaN")
     size = np.concatenate([w.ravel() for w in weights])
     layer = np.repeat(np.arange(len(scores)), [s.size for s in scores])
-    room = np.array([cap * w.sum() for cap, w in zip(caps, weights, strict=True)]) * (1 + 1e-12)
-    target = share * size.sum() * (1 - 1e-12)
+    room = np.array([limit * w.sum() for limit, w in zip(max_sparsity, weights, strict=True)]) * (1 + 1e-12)
+    target = sparsity * size.sum() * (1 - 1e-12)
     shuffled = np.random.default_rng(0).permutation(len(flat))
-    pruned, total = np.zeros(len(flat), bool), 0
+    kept, pruned = np.ones(len(flat), bool), 0
     for block in shuffled[np.argsort(flat[shuffled], kind="stable")]:
-        if total >= target:
+        if pruned >= target:
             break
         if size[block] <= room[layer[block]]:
-            pruned[block] = True
+            kept[block] = False
             room[layer[block]] -= size[block]
-            total += size[block]
-    if total < target:
-        most = 100 * total / size.sum()
-        raise InputError(f"{100 * share:g} % cannot be pruned: --upper_prune_limit allows at most {most:.2f} %")
+            pruned += size[block]
+    if pruned < target:
+        most = 100 * pruned / size.sum()
+        raise InputError(f"{100 * sparsity:g} % cannot be pruned: `upper_prune_limit` allows at most {most:.2f} %")
     ends = np.cumsum([s.size for s in scores])[:-1]
-    return [part.reshape(s.shape) for part, s in zip(np.split(pruned, ends), scores, strict=True)]
+    return [part.reshape(s.shape) for part, s in zip(np.split(kept, ends), scores, strict=True)]
 
 
-def select_evenly(scores: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
+def select_balanced(scores: np.ndarray, weights: np.ndarray, sparsity: float) -> np.ndarray:
     """As `select` for one layer, but the blocks that are kept are spread evenly over child and over parent groups.
 
     Blocks are taken from the highest score down, as long as their child group and their parent group have not had
@@ -137,17 +195,17 @@ def select_evenly(scores: np.ndarray, weights: np.ndarray, share: float) -> np.n
     ----------
     scores : (H, G)
     weights : how many weights each block holds, same shape
-    share : share of the layer's weights to prune, in [0, 1]
+    sparsity : share of the layer's weights to prune, in [0, 1]
 
     Returns
     -------
-    Boolean (H, G), True where a block is pruned; the share is reached and exceeded by less than one block.
+    Boolean (H, G), True where a block is kept; the sparsity is reached and exceeded by less than one block.
     """
     if np.isnan(scores).any():
         raise InputError("scores hold NaN")
     shuffled = np.random.default_rng(0).permutation(scores.size)
     order = shuffled[np.argsort(-scores.ravel()[shuffled], kind="stable")]
-    room = (1 - share) * weights.sum() * (1 + 1e-12)
+    room = (1 - sparsity) * weights.sum() * (1 + 1e-12)
     parts = np.ceil(room / weights.sum() * weights.size / np.array(scores.shape) - 1e-9).astype(int)
     kept, children, parents = np.zeros(scores.shape, bool), *(np.zeros(n, int) for n in scores.shape)
     while order.size:
@@ -164,101 +222,68 @@ def select_evenly(scores: np.ndarray, weights: np.ndarray, share: float) -> np.n
             parents[i] += 1
             room -= weights[j, i]
         order, parts = np.array(left), parts + 1
-    return ~kept
+    return kept
 
 
-def build(pruned: dict[str, np.ndarray], blocks: dict[str, Blocks], network: nn.Module) -> dict[str, Tensor]:
-    """Boolean masks, shaped as the weights and on their device, True where a weight is kept."""
-    masks = {}
-    for key, choice in pruned.items():
-        weight = network.get_parameter(key)
-        kept = torch.from_numpy(~blocks[key].expand(choice)).to(weight.device)
-        masks[key] = kept.reshape(kept.shape + (1,) * (weight.ndim - 2)).expand_as(weight).contiguous()
-    return masks
+class Mask(dict):
+    """By key of the state_dict a boolean tensor of the weight's shape and device: True where a weight is kept."""
 
-
-def holder(network: nn.Module, masks: dict[str, Tensor]) -> Callable[[], None]:
-    """A function that sets every masked weight to exactly 0.
-
-    Called after each optimizer step this is all that holds a mask: names in the state_dict stay plain, and whatever
-    momentum or weight decay add to a masked weight is gone before the next forward pass.
-    """
-    pruned = [(network.get_parameter(key), ~mask) for key, mask in masks.items()]
+    @classmethod
+    def of_blocks(cls, kept: dict[str, np.ndarray], blocks: dict[str, Blocks], network: nn.Module) -> "Mask":
+        """The mask of a network of which these blocks (H, G) are kept."""
+        mask = cls()
+        for key, choice in kept.items():
+            weight = network.get_parameter(key)
+            whole = torch.from_numpy(blocks[key].expand(choice)).to(weight.device)
+            mask[key] = whole.reshape(whole.shape + (1,) * (weight.ndim - 2)).expand_as(weight).contiguous()
+        return mask
 
     @torch.no_grad()
-    def hold() -> None:
-        for weight, gone in pruned:
-            weight.masked_fill_(gone, 0)
+    def apply(self, network: nn.Module) -> None:
+        """Set every masked weight to exactly 0."""
+        for key, kept in self.items():
+            network.get_parameter(key).masked_fill_(~kept, 0)
 
-    return hold
+    def hold(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the masked weights at exactly 0 after every step of the optimizer.
 
+        This is all that holds a mask: names in the state_dict stay plain, and whatever momentum or weight decay add to
+        a masked weight is gone before the next forward pass.
+        """
+        masked = [(network.get_parameter(key), ~kept) for key, kept in self.items()]
 
-def choose(
-    criterion: str,
-    network: nn.Module,
-    blocks: dict[str, Blocks],
-    share: float,
-    caps: list[float],
-    *,
-    scores: dict[str, np.ndarray] | None = None,
-    even: bool = False,
-    seed: int = 0,
-) -> dict[str, np.ndarray]:
-    """The blocks that a criterion prunes, by layer.
+        @torch.no_grad()
+        def zero(*_) -> None:
+            for weight, gone in masked:
+                weight.masked_fill_(gone, 0)
 
-    Parameters
-    ----------
-    criterion : "cmi" takes the blocks of lowest `scores`; "magnitude" those of lowest mean absolute weight; "random"
-        any. The two controls prune in each layer what "cmi" prunes there if `scores` are given, so that only the
-        choice within layers differs, else they rank all layers together. "cmi-magnitude" ranks by the square root of
-        the score times mean absolute weight.
-    share, caps : as for `select`
-    scores : one (H, G) array per layer; needed for "cmi" and "cmi-magnitude"
-    even : spread what each layer keeps evenly over its child and over its parent groups, see `select_evenly`
-    seed : of the random choice
+        optimizer.register_step_post_hook(zero)
 
-    Returns
-    -------
-    One boolean (H, G) array per layer, True where a block is pruned.
-    """
-    rng = np.random.default_rng([seed, 1])
+    def by_layer(self) -> dict[str, float]:
+        """Percentage of every masked layer's weights that is pruned."""
+        return {key: 100 * int((~kept).sum()) / kept.numel() for key, kept in self.items()}
 
-    def magnitude(key: str) -> np.ndarray:
-        return blocks[key].mean_magnitude(network.get_parameter(key))
-
-    rank = {
-        "cmi": lambda key: scores[key],
-        "magnitude": magnitude,
-        "random": lambda key: rng.random(blocks[key].weights.shape),
-        "cmi-magnitude": lambda key: np.sqrt(np.maximum(scores[key], 0)) * magnitude(key),
-    }[criterion]
-    ranked, sizes = [rank(key) for key in blocks], [b.weights for b in blocks.values()]
-    own = criterion.startswith("cmi") or scores is None
-    reference = ranked if own else [scores[key] for key in blocks]
-    chosen = select(reference, sizes, share, caps)
-    if even or reference is not ranked:
-        shares = [w[c].sum() / w.sum() for w, c in zip(sizes, chosen, strict=True)]
-        within = select_evenly if even else lambda rank, size, part: select([rank], [size], part, [1.0])[0]
-        chosen = [within(r, w, s) for r, w, s in zip(ranked, sizes, shares, strict=True)]
-    return dict(zip(blocks, chosen, strict=True))
+    def percent_pruned(self, of: int | None = None) -> float:
+        """Percentage of the masked layers' weights that is pruned, or of so many weights."""
+        pruned = sum(int((~kept).sum()) for kept in self.values())
+        return 100 * pruned / (of or sum(kept.numel() for kept in self.values()))
 
 
-def percent_zero(tensors: list[Tensor]) -> float:
-    """Percentage of values that are exactly 0."""
-    return 100 * sum(int((t == 0).sum()) for t in tensors) / sum(t.numel() for t in tensors)
-
-
-def measures(network: nn.Module, masks: dict[str, Tensor]) -> dict:
-    """Pruned percentages (of weights, without biases and batch norm) and memory, measured on the weights."""
-    masked = {key: network.get_parameter(key) for key in masks}
-    modules = [network.get_submodule(key.removesuffix(".weight")) for key in masks]
+def sparsity_report(network: nn.Module, mask: Mask) -> dict:
+    """Pruned percentages by the mask (of weights, without biases and batch norm), and memory of what is there."""
+    modules = [network.get_submodule(key.removesuffix(".weight")) for key in mask]
     return {
-        "pruned_percent_masked_layers": percent_zero(list(masked.values())),
-        "pruned_percent_network": percent_zero([p for p in network.parameters() if p.ndim > 1]),
-        "pruned_percent_by_layer": {key: percent_zero([weight]) for key, weight in masked.items()},
+        "pruned_percent_masked_layers": mask.percent_pruned(),
+        "pruned_percent_network": mask.percent_pruned(of=weight_count(network)),
+        "pruned_percent_by_layer": mask.by_layer(),
         "memory_mib_masked_layers": memory(modules),
         "memory_mib_network": memory(list(network.modules())),
     }
+
+
+def weight_count(network: nn.Module) -> int:
+    """Number of weights of the network, without biases and batch norm."""
+    return sum(p.numel() for p in network.parameters() if p.ndim > 1)
 
 
 def memory(modules: list[nn.Module]) -> float:

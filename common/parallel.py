@@ -31,6 +31,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
+def quiet() -> bool | None:
+    """No progress bar but on process 0, and there only on a terminal: tqdm's `disable`."""
+    return True if rank() else None
+
+
 def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -46,12 +51,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def share(rows: Tensor) -> Tensor:
+def shard(rows: Tensor) -> Tensor:
     """This process's part of a batch; parts differ by at most one row."""
     return torch.tensor_split(rows, size())[rank()]
 
 
-def added(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes."""
     if size() > 1:
         dist.all_reduce(tensor)
@@ -60,29 +65,34 @@ def added(tensor: Tensor) -> Tensor:
 
 def total(*values: Tensor) -> list[float]:
     """The sums of scalars over all processes."""
-    return added(torch.stack([value.double() for value in values])).tolist()
+    return all_reduce(torch.stack([value.double() for value in values])).tolist()
 
 
-def prepare(network: nn.Module) -> nn.Module:
-    """On several GPUs, batch norm over the whole batch; gloo has no such thing: there every process norms its part."""
+def place(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network on the device, convolutions in the memory layout that is fastest on CPUs and GPUs alike.
+
+    On several GPUs with batch norm over the whole batch; gloo has no such thing: there every process norms its part.
+    """
+    network = network.to(device, memory_format=torch.channels_last)
     if size() > 1 and next(network.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network
 
 
-def wrap(network: nn.Module) -> nn.Module:
-    """A module that computes the same and averages gradients over processes."""
-    return nn.parallel.DistributedDataParallel(network) if size() > 1 else network
+def wrap(network: nn.Module, *, compile: bool = False) -> nn.Module:
+    """A module to train that has the network's weights, averages gradients over processes, and may be compiled."""
+    wrapped = nn.parallel.DistributedDataParallel(network) if size() > 1 else network
+    return torch.compile(wrapped) if compile else wrapped
 
 
-def same_buffers(network: nn.Module) -> None:
+def broadcast_buffers(network: nn.Module) -> None:
     """Give every process the running statistics of process 0."""
     if size() > 1:
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
 
 
-def check_same(tensors: dict[str, Tensor]) -> None:
+def assert_in_sync(tensors: dict[str, Tensor]) -> None:
     """Compare a hash of named tensors over all processes.
 
     Raises

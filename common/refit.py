@@ -6,15 +6,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import parallel
-from common.activations import watched
+from common.activations import forward_hooks
 from common.data import FileSplit, Split
+from common.masks import Mask
 
 RIDGE = 1e-3  # of the inputs' mean square
 BATCH = 32  # images of maps; their patches take k * k times the memory of the maps
 
 
 @torch.no_grad()
-def refit(network: nn.Module, dense: nn.Module, masks: dict[str, Tensor], split: Split | FileSplit) -> None:
+def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileSplit) -> None:
     """Least squares, layer by layer: the kept weights that best give the dense layer's outputs from what is left.
 
     A layer is fitted to the inputs that it has in the pruned network, so it makes up for the layers before it as well
@@ -22,9 +23,9 @@ def refit(network: nn.Module, dense: nn.Module, masks: dict[str, Tensor], split:
 
     Parameters
     ----------
-    network : with the masks applied; changed in place
+    network : with the mask applied; changed in place
     dense : the network before pruning
-    masks : by key, in the order in which the layers run; True where a weight is kept
+    mask : its layers are refitted in its order, which is the one in which they run
     split : the images
 
     Notes
@@ -34,15 +35,15 @@ def refit(network: nn.Module, dense: nn.Module, masks: dict[str, Tensor], split:
     """
     network.eval()
     dense.eval()
-    for key, mask in masks.items():
+    for key, kept in mask.items():
         layer = network.get_submodule(key.removesuffix(".weight"))
-        _solve(layer, mask, *_moments(network, dense, key, layer, split))
+        _solve(layer, kept, *_moments(network, dense, key, layer, split))
     if any(isinstance(module, _BatchNorm) for module in network.modules()):
-        reestimate(network, split)
+        recalibrate_batch_norm(network, split)
 
 
 @torch.no_grad()
-def reestimate(network: nn.Module, split: Split | FileSplit) -> None:
+def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit) -> None:
     """Set the running statistics of batch norm to the means over the split's batches."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     network.eval()
@@ -56,7 +57,7 @@ def reestimate(network: nn.Module, split: Split | FileSplit) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     network.eval()
-    parallel.same_buffers(network)
+    parallel.broadcast_buffers(network)
 
 
 def _moments(
@@ -65,8 +66,8 @@ def _moments(
     """X'X (d, d) and X'Y (d, c): X what the pruned layer reads, in patches, and 1; Y what the dense one returns."""
     seen, gram, cross = {}, 0, 0
     with (
-        watched(network, [key], lambda _k, read, _: seen.update(read=read)),
-        watched(dense, [key], lambda _k, _, returned: seen.update(returned=returned)),
+        forward_hooks(network, [key], lambda _k, read, _: seen.update(read=read)),
+        forward_hooks(dense, [key], lambda _k, _, returned: seen.update(returned=returned)),
     ):
         for images, _ in split.batches(BATCH if isinstance(layer, nn.Conv2d) else None):
             network(images)
@@ -74,7 +75,7 @@ def _moments(
             read, returned = _rows(layer, seen["read"]), seen["returned"]
             returned = returned.flatten(2).transpose(1, 2).flatten(0, 1) if returned.ndim > 2 else returned
             gram, cross = gram + (read.T @ read).double(), cross + (read.T @ returned).double()
-    return parallel.added(gram), parallel.added(cross)
+    return parallel.all_reduce(gram), parallel.all_reduce(cross)
 
 
 def _rows(layer: nn.Module, read: Tensor) -> Tensor:
@@ -85,9 +86,9 @@ def _rows(layer: nn.Module, read: Tensor) -> Tensor:
     return torch.cat([read, read.new_ones(len(read), 1)], 1)
 
 
-def _solve(layer: nn.Module, mask: Tensor, gram: Tensor, cross: Tensor) -> None:
+def _solve(layer: nn.Module, kept: Tensor, gram: Tensor, cross: Tensor) -> None:
     """Put the solution into the layer; outputs that keep the same inputs share one factorisation."""
-    kept = mask.flatten(1)
+    kept = kept.flatten(1)
     patterns, which = torch.unique(kept, dim=0, return_inverse=True)
     ridge = (RIDGE * gram.diagonal()[:-1].mean()).clamp(min=torch.finfo(torch.float32).tiny)  # inputs may all be 0
     weight, bias = torch.zeros_like(kept, dtype=torch.float64), None if layer.bias is None else layer.bias.double()

@@ -1,135 +1,216 @@
-"""One training run with its files: checkpoints, a line per epoch, a record. Stages 1 and 3 are this."""
+"""One training run: its lock, its files, its record, and where it goes on after it was killed."""
 
+import contextlib
 import copy
-import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import Tensor, nn
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from common import artifacts, masks, parallel
-from common.data import Data
-from common.errors import Diverged
-from common.training import Recipe, evaluate, fit
+from common import artifacts, parallel, records
+from common.data import Data, FileSplit, Split, derived_seed
+from common.errors import Diverged, InputError
+from common.files import file_lock
+from common.masks import Mask, sparsity_report
+from common.training import Metrics, evaluate
+
+TOLERANCE = {"val": 1.0, "last": 0.0, "test": 0.0}  # standard errors; see `Run.log`
+SHOWN = {"lr": ".4g", "loss": ".4f", "accuracy": ".2f", "seconds": ".1f"}  # by the last part of a figure's name
+OTHER_RUN = "name another `save_dir`, or remove it"
 
 
-def train(
-    network: nn.Module,
-    data: Data,
-    recipe: Recipe,
-    best: Path,
-    *,
-    seed: int,
-    select: str,
-    record: dict,
-    resume: bool = True,
-    final: Path | None = None,
-    held: dict[str, Tensor] | None = None,
-) -> dict:
-    """Train, keep the best epoch's checkpoint and its record up to date, and read the test set once, at the end.
+@contextlib.contextmanager
+def start(best: Path, record: dict, data: Data, **options) -> Iterator["Run"]:
+    """A run that has its files to itself; see `Run`. Its `finished` says if there is nothing left to do."""
+    with file_lock(best):
+        parallel.barrier()
+        yield Run(best, record, data, **options)
+
+
+class Run:
+    """A training run: `epochs` to loop over, `log` what came out, `finish`.
 
     Parameters
     ----------
-    network : on the data's device; if `held` is given, with these masks already applied
-    best, final : where the checkpoints of the best and of the last epoch go
-    seed : fixes order, augmentation and dropout
+    best : where the checkpoint of the epoch that is kept goes; record and state lie beside it
+    record : what is known before it starts, with what makes it this run and no other (see `records`)
+    data : what it is trained on
+    seed : fixes order, augmentation and dropout; an epoch's randomness depends on (seed, epoch) alone
     select : what chooses the epoch that is kept: "val", "last" (nothing: the last epoch) or "test"
-    record : what is known of the run before it starts
-    resume : go on where an interrupted run of the same arguments was
-    held : masks that are kept at zero; their measures, and the accuracy before training and after one epoch, are
-        recorded
+    resume : go on where an interrupted run was; on a CPU the result is the same bits as without interruption
+    mask : what is kept at zero; goes into the checkpoints
 
-    Returns
-    -------
-    The record as written.
+    Raises
+    ------
+    InputError
+        If files of another run are there.
     """
-    start = time.perf_counter()
-    selects, tolerance = {"val": (data.val, 1.0), "last": (None, 0.0), "test": (data.test, 0.0)}[select]
-    held = held or {}
-    before = copy.deepcopy(network.state_dict()) if held else None
-    record = {
-        **record,
-        "seed": seed,
-        "epoch_chosen_by": select,
-        "data": data.describe(),
-        **artifacts.circumstances(data.train.labels.device),
-    }
-    if parallel.size() > 1:
-        record["processes"] = parallel.size()
-    state_file = best.with_suffix(".state")
-    key = json.dumps({k: record.get(k) for k in ("arguments", "inputs", "seed", "processes")}, sort_keys=True)
-    begun = artifacts.load_state(state_file, key, "remove it, or start over with --no-Resume") if resume else None
-    begun = begun or {"epochs": [], "seconds": 0.0, "first": None, "fit": None}
-    parallel.barrier()
-    epochs, first, start = begun["epochs"], begun["first"], start - begun["seconds"]
-    next_save = 0.0
 
-    def checkpoint(state: dict, figures: dict) -> bytes:
-        extra = {"masks": held} if held else {}
-        return artifacts.checkpoint_bytes({"state_dict": state, "epoch": figures["epoch"], **trained_on(data), **extra})
+    def __init__(
+        self, best: Path, record: dict, data: Data, *, seed: int, select: str, resume: bool, mask: Mask | None = None
+    ) -> None:
+        more = {"seed": seed, "epoch_chosen_by": select, "processes": parallel.size()}
+        self.record = {**record, **more, **records.environment(data.device)}
+        self.best, self.data, self.seed, self.mask, self.device = best, data, seed, mask, data.device
+        self.state_file, self.select, self.resume = best.with_suffix(".state"), select, resume
+        self.finished = records.is_complete(best, self.record, OTHER_RUN)
+        self.lines, self.kept, self.kept_state, self.highest = [], {"epoch": 0}, None, 0.0
+        self.moments, self.start, self.next_save = {}, time.perf_counter(), 0.0
 
-    def keep(figures: dict, state: dict, status: str = "running", **measured) -> dict:
-        nonlocal first
-        if held and figures["epoch"] == 1:
-            first = state  # the first epoch is always the best so far
-        seconds = round(time.perf_counter() - start, 1)
-        written = {**record, "status": status, "best": figures, **measured, "wall_seconds": seconds}
-        artifacts.save({best: checkpoint(state, figures)}, written)
+    def place(self, network: nn.Module) -> nn.Module:
+        """The network on the device of the data."""
+        return parallel.place(network, self.device)
+
+    def seed_of(self, epoch: int) -> int:
+        """What fixes an epoch's randomness."""
+        return derived_seed(self.seed, epoch)
+
+    def epochs(self, count: int, network: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> Iterator[int]:
+        """Yield the numbers of the epochs that are left, from 1 on or from where a killed run was.
+
+        Parameters
+        ----------
+        count : number of epochs
+        network, optimizer, schedule : put back to where that run was; noted after every epoch
+        """
+        self.parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+        self._restore()
+        if count == 0:
+            self._keep({"epoch": 0})
+        elif not self.lines and parallel.rank() == 0:
+            print(f"{self.best.parent}: seed {self.seed}, {len(self.data.train):,} training images, {self.device}")
+        for epoch in range(len(self.lines) + 1, count + 1):
+            self.epoch, self.began, self.rate = epoch, time.perf_counter(), optimizer.param_groups[0]["lr"]
+            torch.manual_seed(self.seed_of(epoch) + parallel.rank())
+            yield epoch
+            if len(self.lines) != epoch:
+                raise RuntimeError("every epoch is logged once: call run.log(...) in the loop")
+            self._save_state()
+
+    def log(self, trained: Metrics, selected: Metrics | None = None, **more: float) -> None:
+        """Print and note an epoch's figures, and keep its weights if it may be the best.
+
+        Of the epochs whose accuracy on the held-out images is within a standard error of the highest, the last is kept
+        (Breiman et al., 1984): smaller differences are noise, and the last has learnt longest.
+
+        Parameters
+        ----------
+        trained : of the training images
+        selected : of the images that choose the epoch; None: the last epoch is kept
+        **more : further figures, by name
+
+        Raises
+        ------
+        Diverged
+            If a figure is not finite. What was kept before remains good.
+        """
+        line = {"epoch": self.epoch, "lr": self.rate, "train_loss": trained.loss, "train_accuracy": trained.accuracy}
+        if selected is not None:
+            line |= {"val_loss": selected.loss, "val_accuracy": selected.accuracy}
+        line |= {**more, "seconds": round(time.perf_counter() - self.began, 3)}
+        if not all(math.isfinite(value) for value in line.values()):
+            self._diverge()
+        self.lines.append(line)
+        if parallel.rank() == 0:
+            print(*([_row(line, titles=True)] if self.epoch == 1 else []), _row(line), sep="\n", flush=True)
+        if selected is None:
+            self._keep(line, write=self.epoch == 1)
+            return
+        self.highest = max(self.highest, selected.accuracy)
+        error = math.sqrt(self.highest * (100 - self.highest) / len(self.data.selection))
+        if selected.accuracy >= self.highest - TOLERANCE[self.select] * error:
+            self._keep(line)
+
+    def remember(self, moment: str, network: nn.Module) -> None:
+        """Keep the weights as they are now; their accuracy on the test set goes into the record under this name."""
+        self.moments[moment] = copy.deepcopy(network.state_dict())
+
+    def finish(self, network: nn.Module, test: Split | FileSplit, *, last: str | None = None) -> dict:
+        """Read the test set, once; write the kept epoch's checkpoint and the record, and say what came out.
+
+        Parameters
+        ----------
+        network : holds the kept weights afterwards
+        last : name of a checkpoint of the last epoch, with a record of its own
+
+        Returns
+        -------
+        The record as written.
+        """
+        measured = {}
+        if last and self.lines:
+            figures = {"last": self.lines[-1], "test": asdict(evaluate(network, test))}
+            content = self._checkpoint(network.state_dict(), self.lines[-1]["epoch"])
+            records.save({self.best.with_name(last): content}, {**self.record, "status": "complete", **figures})
+        for moment, state in self.moments.items():
+            network.load_state_dict(state)
+            measured[moment] = asdict(evaluate(network, test))
+        network.load_state_dict(self.kept_state)
+        measured["test"] = asdict(evaluate(network, test))
+        if self.mask is not None:
+            measured |= sparsity_report(network, self.mask)
+        written = self._write("complete", **measured)
+        if parallel.rank() == 0:
+            self.state_file.unlink(missing_ok=True)
+            print(f"{self.best}: {describe(written)}")
         return written
 
-    def log(line: dict) -> None:
-        epochs.append(line)
-        artifacts.write_bytes(best.with_suffix(".jsonl"), "".join(json.dumps(x) + "\n" for x in epochs).encode())
+    def _checkpoint(self, state: dict, epoch: int) -> bytes:
+        extra = {"masks": dict(self.mask)} if self.mask is not None else {}
+        return artifacts.checkpoint_bytes({"state_dict": state, "epoch": epoch, **trained_on(self.data), **extra})
 
-    def save_state(state: Callable[[], dict]) -> None:
-        """Now and then: so often that a twentieth of the time goes into it."""
-        nonlocal next_save
+    def _keep(self, figures: dict, *, write: bool = True) -> None:
+        self.kept, self.kept_state = figures, copy.deepcopy(self.parts["network"].state_dict())
+        if write:
+            self._write("running")
+
+    def _write(self, status: str, **measured) -> dict:
+        seconds = round(time.perf_counter() - self.start, 1)
+        known = {**self.record, "status": status, "best": self.kept, **measured, "wall_seconds": seconds}
+        written = {**known, "epochs": self.lines}
+        records.save({self.best: self._checkpoint(self.kept_state, self.kept["epoch"])}, written)
+        return written
+
+    def _diverge(self) -> None:
+        known = records.record_path(self.best)
+        if known.is_file():
+            records.write(known, {**records.read(known), "status": "diverged"})
+        kept = f"The best checkpoint so far, of epoch {self.kept['epoch']}, is kept." if self.lines else "Nothing kept."
+        raise Diverged(f"the loss is not finite after epoch {self.epoch}; lower `lr` (now {self.rate:g}). {kept}")
+
+    def _restore(self) -> None:
+        """Go on from the state of an interrupted run, if there is one and it is of this run."""
+        begun = (
+            artifacts.load_state(self.state_file, "remove it, or start over with `no-resume`") if self.resume else None
+        )
+        parallel.barrier()
+        if begun is None:
+            return
+        if begun.get("format") != 2:
+            raise InputError(f"{self.state_file} is of another version of this program; remove it")
+        records.check_same(self.state_file, begun["record"], self.record, OTHER_RUN)
+        self.lines, self.kept, self.highest = begun["lines"], begun["kept"], begun["highest"]
+        self.kept_state, self.start = begun["kept_state"], self.start - begun["seconds"]
+        self.moments |= begun["moments"]
+        for name, part in self.parts.items():
+            part.load_state_dict(begun[name])
+
+    def _save_state(self) -> None:
+        """Note all that is needed to go on, now and then: so often that a twentieth of the time goes into it."""
         began = time.perf_counter()
-        if began >= next_save:
-            so_far = {"key": key, "epochs": epochs, "seconds": began - start, "first": first, "fit": state()}
-            artifacts.save_state(state_file, so_far)
-            next_save = time.perf_counter() + 20 * (time.perf_counter() - began)
-
-    try:
-        figures, state = fit(
-            network,
-            data.train,
-            selects,
-            recipe,
-            seed=seed,
-            tolerance=tolerance,
-            after_step=masks.holder(network, held) if held else None,
-            on_epoch=log,
-            on_best=keep,
-            on_state=save_state,
-            start=begun["fit"],
-        )
-    except Diverged:
-        if artifacts.record_of(best).is_file():
-            artifacts.write_json(
-                artifacts.record_of(best), {**artifacts.read_json(artifacts.record_of(best)), "status": "diverged"}
-            )
-        raise
-    measured = {}
-    if final is not None:
-        last = epochs[-1]
-        artifacts.save(
-            {final: checkpoint(network.state_dict(), last)},
-            {**record, "status": "complete", "last": last, "test": asdict(evaluate(network, data.test))},
-        )
-    for name, early in (("test_before_retraining", before), ("test_after_1_epoch", first)) if held else ():
-        network.load_state_dict(early)
-        measured[name] = asdict(evaluate(network, data.test))
-    network.load_state_dict(state)
-    measured["test"] = asdict(evaluate(network, data.test))
-    if held:
-        measured |= masks.measures(network, held)
-    written = keep(figures, state, "complete", **measured)
-    if parallel.rank() == 0:
-        state_file.unlink(missing_ok=True)
-    return written
+        if began < self.next_save:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"lines": self.lines, "kept": self.kept, "kept_state": self.kept_state, "highest": self.highest}
+        state |= {"moments": self.moments, "seconds": began - self.start, "record": self.record, "format": 2}
+        artifacts.save_state(self.state_file, state)
+        self.next_save = time.perf_counter() + 20 * (time.perf_counter() - began)
 
 
 def trained_on(data: Data) -> dict:
@@ -137,16 +218,26 @@ def trained_on(data: Data) -> dict:
     return {"dataset": data.name, "val_size": len(data.val), "classes": list(data.chosen) if data.chosen else None}
 
 
-def show(record: dict) -> None:
-    """Print what a finished run of stage 3 measured."""
-    if parallel.rank():
-        return
-    print(
+def describe(record: dict) -> str:
+    """What a finished run measured, in one line."""
+    test = record["test"]
+    chosen = f"epoch {record['best']['epoch']} by {record['epoch_chosen_by']}"
+    if "pruned_percent_network" not in record:
+        return f"test accuracy {test['accuracy']:.2f} % (top-5 {test['top5']:.2f} %), {chosen}"
+    early = (
+        f"{record[moment]['accuracy']:.2f} % {moment.removeprefix('test_').replace('_', ' ')}, "
+        for moment in record
+        if moment.startswith("test_")
+    )
+    return (
         f"pruned {record['pruned_percent_masked_layers']:.2f} % of the masked layers "
         f"(asked: {record['requested_percent']:.2f} %), {record['pruned_percent_network']:.2f} % of all weights; "
-        f"test accuracy {record['test_before_retraining']['accuracy']:.2f} % before retraining, "
-        f"{record['test_after_1_epoch']['accuracy']:.2f} % after 1 epoch, "
-        f"{record['test']['accuracy']:.2f} % after (epoch {record['best']['epoch']} by {record['epoch_chosen_by']}); "
-        f"memory {record['memory_mib_masked_layers']:.3f} MiB (masked layers), "
-        f"{record['memory_mib_network']:.3f} MiB (network)"
+        f"test accuracy {''.join(early)}{test['accuracy']:.2f} % in the end ({chosen}); "
+        f"memory {record['memory_mib_masked_layers']:.3f} MiB (masked layers), {record['memory_mib_network']:.3f} MiB"
     )
+
+
+def _row(line: dict, *, titles: bool = False) -> str:
+    """An epoch's figures, or their names, in columns."""
+    cells = {name: format(value, SHOWN.get(name.split("_")[-1], "g")) for name, value in line.items()}
+    return "  ".join((name if titles else cell).rjust(max(len(name), 7)) for name, cell in cells.items())

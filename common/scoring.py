@@ -1,8 +1,9 @@
-"""Scores of one layer pair with progress, resuming and a measure of their reliability."""
+"""Scores of one layer pair: estimated with progress, resumed where they were killed, written with their reliability."""
 
 import hashlib
 import resource
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from common import artifacts
+from common import artifacts, records
 from common.cmi import RESUMABLE, layer_cmi
 from common.errors import InputError
 from common.masks import Blocks
@@ -18,153 +19,187 @@ from common.masks import Blocks
 SAVE_EVERY = 5.0  # seconds between two notes of how far the work has come
 
 
-def score(
+@dataclass(frozen=True)
+class LayerPair:
+    """A parent and a child layer to be scored.
+
+    Attributes
+    ----------
+    parent, child : keys of the state_dict
+    blocks : the groups that were asked for
+    paths : of the scores, the parents' labels and the children's labels
+    record : what is known of the run before it starts
+    """
+
+    parent: str
+    child: str
+    blocks: Blocks
+    paths: tuple[Path, Path, Path]
+    record: dict
+
+    def estimator(self, blocks: Blocks, **options) -> "Estimator":
+        """What estimates the scores of these groups, with options of `layer_cmi`."""
+        return Estimator(self.paths[0].with_suffix(".state"), blocks, options)
+
+    def save(self, estimate: "Estimator", scores: np.ndarray, figures: dict, arrays: dict[str, np.ndarray]) -> None:
+        """Write scores, labels and record, and print what the scores are like.
+
+        Parameters
+        ----------
+        estimate : what made the scores
+        scores : (H, G)
+        figures, arrays : what else is known of them, as `uncertainty` returns it
+        """
+        blocks, (path, *_) = estimate.blocks, self.paths
+        contents = dict(zip(self.paths, (scores, blocks.parent_groups, blocks.child_groups), strict=True))
+        contents |= {artifacts.sibling(path, kind): array for kind, array in arrays.items()}
+        spread = {"mean": float(scores.mean()), "std": float(scores.std())}
+        spread |= {"negative_share": float((scores < 0).mean())}
+        measured = {"shape": list(scores.shape), **spread, **figures}
+        seconds = round(time.perf_counter() - estimate.began, 1)
+        peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        known = {"status": "complete", "scores": measured, "wall_seconds": seconds, "peak_memory_mib": peak}
+        records.save({p: artifacts.array_bytes(array) for p, array in contents.items()}, {**self.record, **known})
+        for leftover in path.parent.glob(f"{path.stem}*.state"):
+            leftover.unlink()
+        said = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in measured.items())
+        print(f"{path}: {', '.join(said)}; {seconds} s", flush=True)
+
+
+class Estimator:
+    """`layer_cmi` that goes on where a killed run of the same work was.
+
+    What it notes stays until the scores are written: they are then read off it at once.
+    """
+
+    def __init__(self, state_file: Path, blocks: Blocks, options: dict) -> None:
+        self.state_file, self.blocks, self.options, self.began = state_file, blocks, options, time.perf_counter()
+
+    def __call__(self, children, parents, name: str = "") -> np.ndarray:
+        """Scores (H, G) of activations (n, c) and (n, p); `name` tells several estimates of one pair apart."""
+        inputs = np.asarray(children), np.asarray(parents), self.blocks.child_groups, self.blocks.parent_groups
+        if self.options.get("estimator") not in RESUMABLE:
+            return layer_cmi(*inputs, **self.options)
+        state_file = self.state_file.with_suffix(f".{name}.state") if name else self.state_file
+        work = {k: v for k, v in self.options.items() if k != "n_jobs"}
+        key = _fingerprint(*inputs, work, records.common_hash())
+        begun = artifacts.load_state(state_file, "remove it and run the same command again") or {}
+        start = (begun["done"], begun["total"].numpy()) if begun.get("key") == key else None
+        saved, rows = time.monotonic(), len(inputs[0])
+        with tqdm(total=rows, initial=start[0] if start else 0, unit="row", leave=False, disable=None) as progress:
+
+            def on_rows(done: int, total: np.ndarray) -> None:
+                nonlocal saved
+                progress.update(done - progress.n)
+                if done == rows or time.monotonic() - saved > SAVE_EVERY:
+                    artifacts.save_state(state_file, {"key": key, "done": done, "total": torch.from_numpy(total)})
+                    saved = time.monotonic()
+
+            return layer_cmi(*inputs, start=start, on_rows=on_rows, **self.options)
+
+
+def uncertainty(
+    estimate: Estimator,
     children,
     parents,
-    blocks: Blocks,
-    files: list[Path],
-    record: dict,
-    *,
-    split_half: bool = False,
-    bootstrap: int = 0,
-    null: int = 0,
-    **options,
-) -> None:
-    """Score a layer pair and write scores, labels and record.
+    scores: np.ndarray,
+    split_half: bool,
+    bootstrap: int | None,
+    null: int | None,
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """How far scores can be trusted.
 
     Parameters
     ----------
-    children, parents : (n, c) and (n, p) tensors, rows paired
-    blocks : the groups
-    files : paths of the scores, the parents' labels and the children's labels
-    record : what is known of the run so far
-    split_half : also measure the scores' reliability
-    bootstrap : number of subsamples for a standard error of every score, written beside them; 0: none
-    null : number of permutations for the distribution of each child group's scores without dependence; 0: none
-    **options : of `layer_cmi`
+    estimate : what made the scores, from (n, c) and (n, p) activations
+    split_half : also measure how well two halves of the rows agree
+    bootstrap : number of subsamples for a standard error of every score; None: none
+    null : number of permutations for the distribution of each child group's scores without dependence; None: none
+
+    Returns
+    -------
+    Figures by name, and arrays by kind of file: "SE" (H, G), "Null" (H, 3).
     """
-    start = time.perf_counter()
-    partial = files[0].with_suffix(".state")
-    inputs = (children.numpy(), parents.numpy(), blocks.child_groups, blocks.parent_groups, partial)
-    scores = resumable(*inputs, **options)
-    measured = {
-        "shape": list(scores.shape),
-        "samples": len(parents),
-        "mean": float(scores.mean()),
-        "std": float(scores.std()),
-        "negative_share": float((scores < 0).mean()),
-    }
+    children, parents = np.asarray(children), np.asarray(parents)
+    figures, arrays = {"samples": len(parents)}, {}
     if split_half:
-        measured["split_half_rank_correlation"] = halves(*inputs, **options)
-    contents = dict(zip(files, (scores, blocks.parent_groups, blocks.child_groups), strict=True))
+        figures["split_half_rank_correlation"] = split_half_correlation(estimate, children, parents)
     if bootstrap:
-        errors = standard_errors(*inputs, count=bootstrap, **options)
-        contents[artifacts.beside(files[0], "SE")] = errors
-        measured["mean_standard_error"] = float(errors.mean())
+        arrays["SE"] = standard_errors(estimate, children, parents, bootstrap)
+        figures["mean_standard_error"] = float(arrays["SE"].mean())
     if null:
-        summary = permutation_null(*inputs, count=null, **options)
-        contents[artifacts.beside(files[0], "Null")] = summary
-        measured["null_mean"] = float(summary[:, 0].mean())
-        measured["share_above_null_95_percent"] = float((scores > summary[:, 2:]).mean())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    cost = {"wall_seconds": round(time.perf_counter() - start, 1), "peak_memory_mib": round(peak)}
-    record = {**record, "status": "complete", "scores": measured, **cost}
-    artifacts.save({path: artifacts.array_bytes(content) for path, content in contents.items()}, record)
-    for leftover in partial.parent.glob(f"{partial.stem}*.state"):
-        leftover.unlink()
-    print(
-        f"{files[0]}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in measured.items())
-    )
+        arrays["Null"] = summary = permutation_null(estimate, children, parents, null)
+        figures["null_mean"] = float(summary[:, 0].mean())
+        figures["share_above_null_95_percent"] = float((scores > summary[:, 2:]).mean())
+    return figures, arrays
 
 
-def load(files: list[Path], expected: Blocks, remedy: str) -> tuple[np.ndarray, Blocks]:
-    """Read scores (H, G) and groups of one layer pair and check them against the groups that were asked for.
-
-    Parameters
-    ----------
-    files : paths of the scores, the parents' labels and the children's labels
-    expected : a layer's blocks with the numbers of units and groups that the files must have
-    remedy : what to run to make the files, for error messages
-    """
-    scores, parent_groups, child_groups = (
-        artifacts.load_array(path, artifacts.record_of(files[0]), remedy) for path in files
-    )
-    for path, labels, wanted in (
-        (files[1], parent_groups, expected.parent_groups),
-        (files[2], child_groups, expected.child_groups),
-    ):
-        count = wanted.max() + 1
-        if labels.shape != wanted.shape or labels.dtype.kind not in "iu" or set(labels.tolist()) != set(range(count)):
-            raise InputError(f"{path} does not put {len(wanted)} units into {count} groups; {remedy}")
-    if scores.shape != expected.weights.shape or not np.isfinite(scores).all():
-        raise InputError(f"{files[0]} does not hold {expected.weights.shape} finite scores; {remedy}")
-    return scores, Blocks(child_groups, parent_groups, expected.kernel)
-
-
-def resumable(children, parents, child_groups, parent_groups, partial: Path, **options) -> np.ndarray:
-    """`layer_cmi`, continued from `partial` if an interrupted run of the same work left it there.
-
-    The file stays when the scores are done: they are then read off it at once. The caller removes it.
-    """
-    inputs = (children, parents, child_groups, parent_groups)
-    if options.get("estimator") not in RESUMABLE:
-        return layer_cmi(*inputs, **options)
-    key = _fingerprint(*inputs, {k: v for k, v in options.items() if k != "n_jobs"})
-    begun = artifacts.load_state(partial, key, "remove it and run the same command again")
-    start = (begun["done"], begun["total"].numpy()) if begun else None
-    saved = time.monotonic()
-    with tqdm(total=len(children), initial=start[0] if start else 0, unit="row", disable=None) as progress:
-
-        def on_rows(done: int, total: np.ndarray) -> None:
-            nonlocal saved
-            progress.update(done - progress.n)
-            if done == len(children) or time.monotonic() - saved > SAVE_EVERY:
-                artifacts.save_state(partial, {"key": key, "done": done, "total": torch.from_numpy(total)})
-                saved = time.monotonic()
-
-        return layer_cmi(*inputs, start=start, on_rows=on_rows, **options)
-
-
-def halves(children, parents, child_groups, parent_groups, partial: Path, **options) -> float:
+def split_half_correlation(estimate: Estimator, children: np.ndarray, parents: np.ndarray) -> float:
     """Rank correlation of the scores from two disjoint halves of the rows: how far they can be trusted as a ranking."""
     half = len(children) // 2
-    first, second = (
-        resumable(children[rows], parents[rows], child_groups, parent_groups, _part(partial, name), **options)
-        for name, rows in (("first", slice(0, half)), ("second", slice(half, 2 * half)))
-    )
+    parts = {"first": slice(0, half), "second": slice(half, 2 * half)}
+    first, second = (estimate(children[rows], parents[rows], name) for name, rows in parts.items())
     return float(spearmanr(first.ravel(), second.ravel()).statistic)
 
 
-def standard_errors(*inputs, count: int, **options) -> np.ndarray:
+def standard_errors(estimate: Estimator, children: np.ndarray, parents: np.ndarray, count: int) -> np.ndarray:
     """Standard error (H, G) of every score: its standard deviation over random halves of the rows.
 
     The delete-half jackknife (Shao and Wu, Annals of Statistics 17, 1989). Rows are drawn without replacement, since a
     row and its copy are nearest neighbours and break estimates of density.
     """
-    children, parents, *groups, partial = inputs
-    rng, scores = np.random.default_rng([options["seed"], 2]), []
+    rng, scores = np.random.default_rng([estimate.options["seed"], 2]), []
     for b in range(count):
         rows = rng.permutation(len(children))[: len(children) // 2]
-        scores.append(resumable(children[rows], parents[rows], *groups, _part(partial, f"draw{b}"), **options))
+        scores.append(estimate(children[rows], parents[rows], f"draw{b}"))
     return np.std(scores, axis=0, ddof=1)
 
 
-def permutation_null(*inputs, count: int, **options) -> np.ndarray:
+def permutation_null(estimate: Estimator, children: np.ndarray, parents: np.ndarray, count: int) -> np.ndarray:
     """Mean, standard deviation and 95th percentile (H, 3) of each child group's scores when its rows are permuted.
 
     Permuting all children's rows together keeps everything but the dependence on the parents.
     """
-    children, parents, *groups, partial = inputs
-    rng, scores = np.random.default_rng([options["seed"], 3]), []
+    rng, scores = np.random.default_rng([estimate.options["seed"], 3]), []
     for b in range(count):
         rows = rng.permutation(len(children))
-        scores.append(resumable(children[rows], parents, *groups, _part(partial, f"null{b}"), **options))
+        scores.append(estimate(children[rows], parents, f"null{b}"))
     pooled = np.hstack(scores)
     return np.stack([pooled.mean(1), pooled.std(1), np.quantile(pooled, 0.95, axis=1)], axis=1)
 
 
-def _part(partial: Path, name: str) -> Path:
-    return partial.with_suffix(f".{name}.state")
+def load(
+    paths: list[Path], expected: Blocks, remedy: str, checkpoint: dict[str, str]
+) -> tuple[np.ndarray, Blocks, dict]:
+    """Read scores (H, G) and groups of one layer pair and check them against what was asked for.
+
+    Parameters
+    ----------
+    paths : of the scores, the parents' labels and the children's labels
+    expected : a layer's blocks with the numbers of units and groups that the files must have
+    remedy : what to run to make the files, for error messages
+    checkpoint : what the scores must have been made of: its checksum by path
+
+    Returns
+    -------
+    Scores, blocks and the record of the scores ({} of files from elsewhere).
+    """
+    known = records.record_path(paths[0])
+    scores, parent_groups, child_groups = (artifacts.load_array(path, known, remedy) for path in paths)
+    record = records.read(known) if known.is_file() else {}
+    made_of = record.get("inputs", {})
+    if made_of and not set(made_of.values()) & set(checkpoint.values()):
+        raise InputError(f"{paths[0]} was made of another checkpoint than {next(iter(checkpoint))}; {remedy}")
+    for path, labels, wanted in (
+        (paths[1], parent_groups, expected.parent_groups),
+        (paths[2], child_groups, expected.child_groups),
+    ):
+        count = wanted.max() + 1
+        if labels.shape != wanted.shape or labels.dtype.kind not in "iu" or set(labels.tolist()) != set(range(count)):
+            raise InputError(f"{path} does not put {len(wanted)} units into {count} groups; {remedy}")
+    if scores.shape != expected.weights.shape or not np.isfinite(scores).all():
+        raise InputError(f"{paths[0]} does not hold {expected.weights.shape} finite scores; {remedy}")
+    return scores, Blocks(child_groups, parent_groups, expected.kernel), record
 
 
 def _fingerprint(*parts) -> str:

@@ -1,65 +1,39 @@
-"""Fit and evaluate a classifier."""
+"""One epoch of training, evaluation, and learning-rate schedules; the recipe is the scripts'."""
 
 import contextlib
-import copy
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 from tqdm import tqdm
 
 from common import parallel
-from common.data import FileSplit, Split, derived_seed
-from common.errors import Diverged
+from common.data import FileSplit, Split
+from common.errors import InputError
 
-OPTIMIZERS = {
-    "sgd": lambda parameters, r: torch.optim.SGD(
-        parameters, r.lr, momentum=r.momentum, weight_decay=r.weight_decay, nesterov=r.nesterov, fused=True
-    ),
-    "adam": lambda parameters, r: torch.optim.Adam(parameters, r.lr, weight_decay=r.weight_decay, fused=True),
-}
+DROPOUT = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
+OPTIMIZERS = ("sgd", "adam")
+SCHEDULES = ("steps", "cosine", "one-cycle")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a network is trained; the learning rate is multiplied by `gamma` at every milestone (in epochs).
-
-    Attributes
-    ----------
-    batch_size : images per step, over all processes
-    amp : forward and backward passes in bfloat16 where that is safe (torch.autocast)
-    compile : forward and backward passes through torch.compile
-    """
-
-    epochs: int
-    batch_size: int
-    lr: float
-    milestones: tuple[int, ...]
-    gamma: float
-    weight_decay: float
-    opt: str = "sgd"
-    nesterov: bool = True
-    momentum: float = 0.9
-    amp: bool = False
-    compile: bool = False
-
-
-@dataclass(frozen=True)
-class Score:
-    """Accuracy (top-1 and top-5) in per cent and mean cross-entropy in nats."""
+class Metrics:
+    """Accuracy (top-1 and top-5) in per cent and the mean loss; cross-entropy in nats where it is evaluated."""
 
     accuracy: float
     loss: float
-    top5: float
+    top5: float | None = None
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, split: Split | FileSplit, batch_size: int | None = None) -> Score:
-    """Accuracy and loss of the network over a split, in evaluation mode and single precision."""
+def evaluate(network: nn.Module, split: Split | FileSplit | None, batch_size: int | None = None) -> Metrics | None:
+    """Accuracy and loss of the network over a split, in evaluation mode and single precision; None without a split."""
+    if split is None:
+        return None
     network.eval()
     loss = correct = among5 = seen = torch.zeros((), device=split.labels.device)
     for images, labels in split.batches(batch_size):
@@ -68,128 +42,83 @@ def evaluate(network: nn.Module, split: Split | FileSplit, batch_size: int | Non
         loss = loss + F.cross_entropy(logits, labels, reduction="sum")
         correct, among5, seen = correct + hits[:, 0].sum(), among5 + hits.sum(), seen + len(labels)
     loss, correct, among5, seen = parallel.total(loss, correct, among5, seen)
-    return Score(100 * correct / seen, loss / seen, 100 * among5 / seen)
+    return Metrics(100 * correct / seen, loss / seen, 100 * among5 / seen)
 
 
 def train_epoch(
-    network: nn.Module, optimizer: torch.optim.Optimizer, split: Split | FileSplit, recipe: Recipe, seed: int
-) -> tuple[float, float]:
-    """One pass over the split; order, augmentation and dropout are drawn from `seed`.
-
-    Returns
-    -------
-    Mean loss in nats and accuracy in per cent, of every image as it was when it was trained on.
-    """
-    torch.manual_seed(seed + parallel.rank())
-    network.train()
-    device, images_seen = split.labels.device, 0
-    loss_sum = correct = torch.zeros((), device=device)
-    for images, labels, rows in split.training_batches(recipe.batch_size, seed):
-        with torch.autocast(device.type, torch.bfloat16) if recipe.amp else contextlib.nullcontext():
-            logits = network(images)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        optimizer.zero_grad(set_to_none=True)
-        (loss * (parallel.size() / rows)).backward()  # averaged over processes, this is the mean over the batch
-        optimizer.step()
-        images_seen += rows
-        loss_sum = loss_sum + loss.detach()
-        correct = correct + (logits.detach().argmax(1) == labels).sum()
-    loss_sum, correct = parallel.total(loss_sum, correct)
-    return loss_sum / max(images_seen, 1), 100 * correct / max(images_seen, 1)
-
-
-def fit(
     network: nn.Module,
-    train: Split | FileSplit,
-    val: Split | FileSplit | None,
-    recipe: Recipe,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    batches: Iterable[tuple[Tensor, Tensor, int]],
+    loss: Callable[[Tensor, Tensor], Tensor],
     *,
-    seed: int,
-    tolerance: float = 1.0,
-    after_step: Callable[[], None] | None = None,
-    on_epoch: Callable[[dict], None] | None = None,
-    on_best: Callable[[dict, dict[str, Tensor]], None] | None = None,
-    on_state: Callable[[Callable[[], dict]], None] | None = None,
-    start: dict | None = None,
-) -> tuple[dict, dict[str, Tensor]]:
-    """Train by the recipe and keep the epoch that does best on `val`, or the last one if there is no `val`.
-
-    Of the epochs whose accuracy on `val` is within `tolerance` standard errors of the best, the last is kept (the
-    one-standard-error rule of Breiman et al., 1984): smaller differences are noise, and the last has learnt longest.
+    amp: bool = False,
+) -> Metrics:
+    """One pass over the batches; the schedule moves after every one.
 
     Parameters
     ----------
-    network : trained in place; holds the last epoch's weights afterwards
-    tolerance : in standard errors of an accuracy measured on `val`; 0 keeps the last of the very best
-    seed : fixes order, augmentation and dropout; an epoch's randomness depends on (seed, epoch) alone
-    after_step : called after every optimizer step, e.g. to hold masked weights at zero
-    on_epoch : called with one line of figures per epoch
-    on_best : called with those figures and a copy of the weights when an epoch is the best so far
-    on_state : called after every epoch with a function that returns all that is needed to go on from there
-    start : what that function returned, to go on; on a CPU the result is the same bits as without interruption
+    network : as `parallel.wrap` returns it
+    batches : of images, labels and the number of images over all processes, see `Split.shuffled`
+    loss : of (logits, labels), summed over the images
+    amp : forward and backward passes in bfloat16 where that is safe (torch.autocast)
 
     Returns
     -------
-    The figures of the best epoch and its weights.
-
-    Raises
-    ------
-    Diverged
-        At the end of the first epoch whose loss is not finite. What `on_best` was given before remains good.
+    Mean loss and accuracy of every image as it was when it was trained on.
     """
-    optimizer = OPTIMIZERS[recipe.opt](network.parameters(), recipe)
-    if after_step is not None:
-        optimizer.register_step_post_hook(lambda *_: after_step())
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(recipe.milestones), recipe.gamma)
-    done, best, best_state, highest = 0, {}, {}, 0.0
-    if start is not None:
-        done, best, best_state, highest = (start[k] for k in ("epoch", "best", "best_state", "highest"))
-        for part, name in ((network, "network"), (optimizer, "optimizer"), (schedule, "schedule")):
-            part.load_state_dict(start[name])
-    trained = parallel.wrap(network)
-    trained = torch.compile(trained) if recipe.compile else trained
-    with tqdm(
-        range(done + 1, recipe.epochs + 1), initial=done, total=recipe.epochs, unit="epoch", disable=_quiet()
-    ) as progress:
-        for epoch in progress:
-            began = time.perf_counter()
-            lr = schedule.get_last_lr()[0]
-            loss, accuracy = train_epoch(trained, optimizer, train, recipe, derived_seed(seed, epoch))
-            parallel.same_buffers(network)
-            line = {"epoch": epoch, "lr": lr, "train_loss": loss, "train_accuracy": accuracy}
-            if val is not None:
-                score = evaluate(network, val)
-                line |= {"val_loss": score.loss, "val_accuracy": score.accuracy}
-                highest = max(highest, score.accuracy)
-            line["seconds"] = round(time.perf_counter() - began, 3)
-            if not all(math.isfinite(value) for value in line.values()):
-                raise Diverged(
-                    f"the loss is not finite after epoch {epoch}; lower --Lr (now {recipe.lr:g}). "
-                    + (f"The best checkpoint so far, of epoch {best['epoch']}, is kept." if best else "Nothing kept.")
-                )
-            schedule.step()
-            progress.set_postfix(loss=f"{loss:.4f}", accuracy=f"{line.get('val_accuracy', accuracy):.2f}%")
-            if on_epoch is not None:
-                on_epoch(line)
-            if val is None or score.accuracy >= highest - tolerance * math.sqrt(highest * (100 - highest) / len(val)):
-                best, best_state = line, copy.deepcopy(network.state_dict())
-                if on_best is not None:
-                    on_best(best, best_state)
-            if on_state is not None:
-                on_state(
-                    lambda epoch=epoch, best=best, best_state=best_state, highest=highest: {
-                        "epoch": epoch,
-                        "best": best,
-                        "best_state": best_state,
-                        "highest": highest,
-                        "network": network.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "schedule": schedule.state_dict(),
-                    }
-                )
-    return best, best_state
+    network.train()
+    device = next(network.parameters()).device
+    images_seen, loss_sum, correct = 0, torch.zeros((), device=device), torch.zeros((), device=device)
+    for images, labels, rows in tqdm(batches, unit="batch", leave=False, disable=parallel.quiet()):
+        with torch.autocast(device.type, torch.bfloat16) if amp else contextlib.nullcontext():
+            logits = network(images)
+        batch_loss = loss(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        (batch_loss * (parallel.size() / rows)).backward()  # averaged over processes, this is the mean over the batch
+        optimizer.step()
+        schedule.step()
+        images_seen += rows
+        loss_sum = loss_sum + batch_loss.detach()
+        correct = correct + (logits.detach().argmax(1) == labels).sum()
+    parallel.broadcast_buffers(network)
+    loss_sum, correct = parallel.total(loss_sum, correct)
+    return Metrics(100 * correct / max(images_seen, 1), loss_sum / max(images_seen, 1))
 
 
-def _quiet() -> bool | None:
-    """No progress bar but on process 0, and there only on a terminal."""
-    return True if parallel.rank() else None
+def make_optimizer(name: str, parameters, lr: float, weight_decay: float, nesterov: bool) -> Optimizer:
+    """SGD with momentum 0.9, or Adam."""
+    if name == "adam":
+        return Adam(parameters, lr, weight_decay=weight_decay, fused=True)
+    return SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+
+
+def make_schedule(
+    optimizer: Optimizer, name: str, epochs: int, steps: int, milestones: list[int], gamma: float, warm_up: float
+) -> LRScheduler:
+    """A learning-rate schedule of torch that is moved once per batch.
+
+    Parameters
+    ----------
+    name : "steps": times `gamma` after each of the `milestones`; "cosine": falls to 0 along half a wave; "one-cycle":
+        rises to the optimizer's rate in the share `warm_up` of all batches, then falls to 0 (Smith and Topin, 2018)
+    epochs, steps : number of epochs, and of batches in each
+    milestones : in epochs
+    """
+    total = max(1, epochs * steps)
+    if name == "cosine":
+        return CosineAnnealingLR(optimizer, total)
+    if name == "one-cycle":
+        rates = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, rates, total, pct_start=warm_up, cycle_momentum=False)
+    return MultiStepLR(optimizer, [steps * epoch for epoch in milestones], gamma)
+
+
+def set_dropout(network: nn.Module, rate: float | None) -> nn.Module:
+    """Give all dropout layers this rate, or leave them as they are where it is None; returns the network."""
+    layers = [layer for layer in network.modules() if isinstance(layer, DROPOUT)]
+    if rate is not None and not layers:
+        raise InputError(f"`dropout` {rate:g}: this network has no dropout layers; leave it out")
+    for layer in layers:
+        layer.p = layer.p if rate is None else rate
+    return network

@@ -29,7 +29,7 @@ GROUPS = {  # numbers of parent and of child groups, by child; the last layer's 
     "fc2.weight": (250, 100),
     "final.weight": (100, 10),
 }
-LIMITS = {"fc2.weight": 0.99}  # the layer that is pruned, and at most how much of it
+MAX_SPARSITY = {"fc2.weight": 0.99}  # the layer that is pruned, and at most how much of it
 RETRAINING = {**TRAINING, "lower_prune_per": 0.902, "upper_prune_per": 0.982, "prune_per_step": 0.01}
 RETRAINING |= {"Even": True, "Refit": True}  # ours, see results/README.md; the paper's rule: --no-Even --no-Refit
 

@@ -44,7 +44,9 @@ TRAINING = {
 }
 SAMPLES_PER_CLASS = 5
 GROUPS = {child: (64, 64) for _, child in PAIRS}  # numbers of parent and of child groups, by child
-LIMITS = {child: 0.55 for _, child in PAIRS[:-1]}  # all convolutions but the first; at most how much of each is pruned
+MAX_SPARSITY = {
+    child: 0.55 for _, child in PAIRS[:-1]
+}  # all convolutions but the first; at most how much of each is pruned
 RETRAINING = {
     **TRAINING,
     # the paper goes on for 30 epochs at 1e-5, here as the last steps of one schedule: .1, .01, .001, .0001, .00001
@@ -54,6 +56,12 @@ RETRAINING = {
     "upper_prune_per": 0.53,
     "prune_per_step": 0.02,
 }
+
+
+def augment() -> list:
+    """What is done to training images, each for itself: transforms of torchvision."""
+    transforms = torchvision().transforms.v2
+    return [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
 
 
 def build(classes: int = 1000) -> nn.Module:

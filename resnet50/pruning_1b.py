@@ -1,13 +1,12 @@
 """Stage 2: score pairs of layers of ResNet50.
 
-    python pruning_1b.py --key_id all
+    python pruning_1b.py --key_id all --data_dir /path/to/imagenet
 
-key_id k is PAIRS[k] of model.py, from 0, (conv1, layer1.0.conv1), to 52, (layer4.2.conv3, fc); "all" scores every pair
-after one pass over the images. A child's parents are the channels that it reads, after shortcuts and ReLU. Reads
-logits_best.pkl from --weights_dir and images of the training split. Writes beside the checkpoint:
-I_parent_<postfix>_<parent>_<child>.npy, the conditional mutual information of every group of the child layer with every
-group of the parent layer given all other parents; the groups' labels; a record. A run that was killed goes on where it
-was.
+key_id k is PAIRS[k] of model.py: 0 is (conv1, layer1.0.conv1), ..., 52 is (layer4.2.conv3, fc); "all" scores every pair
+after one pass over the images. Reads logits_best.pkl from --weights_dir and images of the training split. Writes beside
+the checkpoint: I_parent_<postfix>_<parent>_<child>.npy, the conditional mutual information of every group of the child
+layer with every group of the parent layer, which is what the child reads, given all other parents; the groups' labels;
+a record. Run again, it goes on where it was killed.
 """
 
 import sys
@@ -15,7 +14,38 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model
-from common import stages
+from common import artifacts, cli, parallel
+from common.activations import collect_activations, output_sensitivity
+from common.data import sample_per_class
+from common.masks import correlated_blocks
+from common.scoring import uncertainty
+
+
+def score(args, network, images, pairs):
+    network = parallel.place(network, images.device)
+    sample = images.train[sample_per_class(images.train.labels, args.samples_per_class, args.seed)]
+    layers = [pair.child for pair in pairs]
+    activations = collect_activations(network, layers, sample)  # what each layer reads and returns, in one pass
+    sensitivity = output_sensitivity(network, layers, sample) if args.given == "kept" else {}
+    for pair in pairs:
+        parents, children = activations.pop(pair.child)  # (images, units)
+        blocks = correlated_blocks(pair.blocks, children, parents) if args.grouping == "correlation" else pair.blocks
+        options = cli.scoring_options(args, snr=sensitivity.get(pair.child))
+        estimate = pair.estimator(blocks, **options)  # common.cmi.layer_cmi, from where a killed run was
+        scores = estimate(children, parents)  # (child groups, parent groups)
+        figures, arrays = uncertainty(estimate, children, parents, scores, args.split_half, args.bootstrap, args.null)
+        pair.save(estimate, scores, figures, arrays)
+
+
+def main():
+    args = cli.parse(__file__, __doc__, model, stage=2)
+    network = model.build(args.dims)
+    checkpoint = artifacts.load_weights(network, cli.weights_path(args))
+    images = cli.load_data(args, checkpoint)
+    with cli.pending_pairs(args, network, model, images) as pairs:  # those that are not scored yet
+        if pairs:
+            score(args, network, images, pairs)
+
 
 if __name__ == "__main__":
-    stages.score(__doc__, model)
+    cli.run(main)

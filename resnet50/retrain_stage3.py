@@ -1,18 +1,70 @@
 """Stage 3: prune ResNet50 by the scores of stage 2 and retrain what is left.
 
-    python retrain_stage3.py --key_id 0
+    python retrain_stage3.py --key_id 0 --Data_dir /path/to/imagenet
 
-Prunes the layers in LIMITS of model.py: all convolutions but the first. Reads a checkpoint of stage 1 and, unless
---Criterion says otherwise, scores of stage 2. Writes to results/resnet50/pruned/<rerun>/: logits_<pruned>.pkl, where
-<pruned> is the percentage of the masked layers' weights that are exactly zero, its record, and one line per epoch.
+Prunes all convolutions but the first. Reads a checkpoint of stage 1 and, unless --Criterion says otherwise, scores of
+stage 2. Writes results/resnet50/pruned/<rerun>/logits_<percentage of these layers' weights that is pruned>.pkl and its
+record. The paper reaches 71.50 % with 43.01 % of all weights pruned.
 """
 
+import copy
 import sys
 from pathlib import Path
 
+from torch.nn import CrossEntropyLoss
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model
-from common import stages
+from common import artifacts, cli, parallel
+from common.data import sample_per_class
+from common.masks import Mask, rank, select_blocks
+from common.refit import refit
+from common.training import evaluate, make_optimizer, make_schedule, set_dropout, train_epoch
+
+
+def prune(args, network, plan, seed):
+    ranks = rank(
+        args.Criterion, network, plan.blocks, plan.scores, seed
+    )  # by layer, one for every block; the lowest go
+    kept = select_blocks(ranks, plan.blocks, plan.sparsity, plan.max_sparsity, like=plan.like, balanced=args.Even)
+    return Mask.of_blocks(kept, plan.blocks, network)
+
+
+def retrain(args, images, run, dense, mask):
+    network = copy.deepcopy(dense)
+    mask.apply(network)
+    if args.Refit:
+        rows = sample_per_class(images.train.labels, args.Samples_per_class, args.Seed)
+        refit(network, dense, mask, images.train[rows])
+    run.remember("test_before_retraining", network)
+    optimizer = make_optimizer(args.Opt, network.parameters(), args.Lr, args.Weight_decay, args.Nesterov)
+    mask.hold(network, optimizer)  # exactly 0 after every step
+    steps = images.train.steps(args.Batch_size)
+    schedule = make_schedule(optimizer, args.Schedule, args.Epoch, steps, args.Milestones, args.Gamma, args.Warm_up)
+    loss = CrossEntropyLoss(label_smoothing=args.Label_smoothing, reduction="sum")
+    trained = parallel.wrap(network, compile=args.Compile)  # has the same weights
+    for epoch in run.epochs(args.Epoch, network, optimizer, schedule):  # from where a killed run was
+        batches = images.train.shuffled(args.Batch_size, run.seed_of(epoch), model.augment())
+        metrics = train_epoch(trained, optimizer, schedule, batches, loss, amp=args.Amp)
+        run.log(metrics, evaluate(network, images.selection))  # prints a row; keeps the best epoch
+        if epoch == 1:
+            run.remember("test_after_1_epoch", network)
+    run.finish(network, images.test)  # reads the test set, once
+
+
+def main():
+    args = cli.parse(__file__, __doc__, model, stage=3)
+    dense = set_dropout(model.build(args.Dims), args.Dropout)
+    checkpoint = artifacts.load_weights(dense, args.Retrain)
+    plan = cli.pruning_plan(args, dense, model)  # blocks, their scores, how much to prune
+    images = cli.load_data(args, checkpoint)
+    dense = parallel.place(dense, images.device)
+    for rerun in range(args.Expt_rerun):
+        mask = prune(args, dense, plan, args.Seed + rerun)
+        with cli.start_run(args, rerun, f"logits_{mask.percent_pruned():.2f}.pkl", images, plan.known, mask) as run:
+            if not run.finished:
+                retrain(args, images, run, dense, mask)
+
 
 if __name__ == "__main__":
-    stages.retrain(__doc__, model)
+    cli.run(main)

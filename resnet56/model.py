@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from common.data import crop_and_flip
+
 NAME = "resnet56"
 CONVOLUTIONS = [
     "conv1.weight",
@@ -26,12 +28,13 @@ TRAINING = {
     "Val_size": 5000,  # ours: the paper chooses the epoch on the test set (--Select test)
 }
 SAMPLES_PER_CLASS = 500
+augment = crop_and_flip(padding=4)  # of training images; None: none
 CHANNELS = {"conv1": 16, "layer1": 16, "layer2": 32, "layer3": 64, "linear": 10}
 GROUPS = {  # one group per channel: numbers of parent and of child groups, by child
     child: tuple(CHANNELS[key.split(".")[0]] for key in (parent, child)) for parent, child in PAIRS
 }
 UNMASKED = {CONVOLUTIONS[k - 1] for k in (1, 16, 20, 38, 54)} | {"linear.weight"}
-LIMITS = {child: 0.5 for _, child in PAIRS if child not in UNMASKED}  # at most how much of each is pruned
+MAX_SPARSITY = {child: 0.5 for _, child in PAIRS if child not in UNMASKED}  # at most how much of each is pruned
 RETRAINING = {
     **TRAINING,
     "Lr": 0.1,

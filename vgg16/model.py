@@ -4,6 +4,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from common.data import crop_and_flip
+
 NAME = "vgg16"
 WIDTHS = [64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512, "pool"]
 LAYERS = [*(f"conv{k}.weight" for k in range(1, 14)), "linear1.weight", "linear2.weight"]
@@ -25,7 +27,8 @@ TRAINING = {
 }
 SAMPLES_PER_CLASS = 650
 GROUPS = {child: (64, 64) for _, child in PAIRS}  # numbers of parent and of child groups, by child
-LIMITS = {  # layers that are pruned, and at most how much of each
+augment = crop_and_flip(padding=4)  # of training images; None: none
+MAX_SPARSITY = {  # layers that are pruned, and at most how much of each
     **{f"conv{k}.weight": 0.45 for k in range(5, 9)},
     **{f"conv{k}.weight": 0.8 for k in range(9, 14)},
     "linear1.weight": 0.8,

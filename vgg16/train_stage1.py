@@ -3,16 +3,46 @@
     python train_stage1.py
 
 Reads CIFAR-10 from data/ (downloaded if absent). Writes to results/vgg16/baseline/<rerun>/: logits_best.pkl (the best
-epoch by validation accuracy), logits_final.pkl (the last epoch), their records, and one line per epoch. Run again, it
-goes on where it was killed; `torchrun --nproc_per_node N train_stage1.py` uses N GPUs.
+epoch on held-out images), logits_final.pkl (the last) and their records. The paper reaches 93.98 % on the test set, in
+300 epochs: a job for a GPU. Run again, it goes on where it was killed; `torchrun --nproc_per_node N train_stage1.py`
+uses N GPUs.
 """
 
 import sys
 from pathlib import Path
 
+from torch.nn import CrossEntropyLoss
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model
-from common import stages
+from common import cli, parallel
+from common.training import evaluate, make_optimizer, make_schedule, set_dropout, train_epoch
+
+
+def train(args, images, run):
+    network = set_dropout(model.build(args.Dims), args.Dropout)
+    cli.load_given(args, network, model)  # the weights of --Weights or --Init, if there are any
+    network = run.place(network)
+    optimizer = make_optimizer(args.Opt, network.parameters(), args.Lr, args.Weight_decay, args.Nesterov)
+    steps = images.train.steps(args.Batch_size)
+    schedule = make_schedule(optimizer, args.Schedule, args.Epoch, steps, args.Milestones, args.Gamma, args.Warm_up)
+    loss = CrossEntropyLoss(label_smoothing=args.Label_smoothing, reduction="sum")
+    trained = parallel.wrap(network, compile=args.Compile)  # has the same weights
+    for epoch in run.epochs(args.Epoch, network, optimizer, schedule):  # from where a killed run was
+        batches = images.train.shuffled(args.Batch_size, run.seed_of(epoch), model.augment)
+        metrics = train_epoch(trained, optimizer, schedule, batches, loss, amp=args.Amp)
+        run.log(metrics, evaluate(network, images.selection))  # prints a row; keeps the best epoch
+    run.finish(network, images.test, last="logits_final.pkl")  # reads the test set, once
+
+
+def main():
+    args = cli.parse(__file__, __doc__, model, stage=1)
+    images = cli.load_data(args)
+    for rerun in range(args.Expt_rerun):
+        with cli.start_run(args, rerun, "logits_best.pkl", images) as run:
+            if not run.finished:
+                train(args, images, run)
+
 
 if __name__ == "__main__":
-    stages.train(__doc__, model)
+    cli.run(main)

@@ -1,0 +1,102 @@
+"""Paths and files: nobody ever sees half of one, and of two processes that want the same one only one gets it.
+
+A file is written under a temporary name and renamed. While a run is at work it holds a lock on `.<file>.lock`, which
+the system takes back when the process ends, however it ends.
+"""
+
+import contextlib
+import fcntl
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from common import parallel
+from common.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+
+
+def under_results(path: str | Path) -> Path:
+    """Relative paths lie under `results/`; absolute ones are taken as they are."""
+    return Path(os.path.normpath(RESULTS / path))
+
+
+def display_path(path: Path) -> str:
+    """The path as records show it: relative to the repository, or only its name where it lies elsewhere."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Within it no other process writes this file.
+
+    Raises
+    ------
+    InputError
+        At once, if another process is at it, or if nothing can be written there.
+    """
+    if parallel.rank():
+        yield
+        return
+    lock, new = path.with_name(f".{path.name}.lock"), absent(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _locked(lock)
+    except BlockingIOError as error:
+        raise InputError(f"{path} is being written by another process; wait, or name another directory") from error
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be written to ({error.strerror}); name another directory") from error
+    with file:
+        for left in path.parent.glob(f".{path.stem}.*.tmp"):  # by a process that was killed
+            left.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            remove_empty(new)
+
+
+def absent(folder: Path) -> list[Path]:
+    """The folder and those above it, as far as they do not exist."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders that were made for nothing."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _locked(lock: Path) -> io.TextIOWrapper:
+    """The file, locked. The process that had the lock before may have removed it meanwhile: then a new one."""
+    while True:
+        file = lock.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except OSError:
+            file.close()
+            raise
+        file.close()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all; of several processes only the first writes."""
+    if parallel.rank():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,203 @@
+"""Records: one JSON file beside what a run writes, with all that made the run and all that it measured.
+
+Two runs are the same if their arguments, the checksums of the files they read, their data and the code of the model's
+folder are the same. Entries that an older record lacks are unknown, not different.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from common import files, parallel
+from common.errors import InputError, reason
+from common.files import ROOT, display_path
+
+MAKE_AGAIN = "remove it and run what made it again"
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
+
+
+def record_path(path: Path) -> Path:
+    """The record beside a file."""
+    return path.with_suffix(".json")
+
+
+def write(path: Path, content: dict) -> None:
+    """Write a record; its last entry is the SHA-256 of the rest."""
+    files.write_bytes(path, sealed(content))
+
+
+def sealed(content: dict) -> bytes:
+    """A record as its file holds it."""
+    return _serialised({**content, "sha256": hashlib.sha256(_serialised(content)).hexdigest()})
+
+
+def read(path: Path) -> dict:
+    """What `write` wrote, to the byte."""
+    written = path.read_bytes()
+    try:
+        content = json.loads(written)
+        del content["sha256"]
+    except (ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({reason(error)}); {MAKE_AGAIN}") from error
+    if sealed(content) != written:
+        raise InputError(f"{path} is damaged: it is not as it was written; {MAKE_AGAIN}")
+    return content
+
+
+def _serialised(content: dict) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def save(contents: dict[Path, bytes], record: dict) -> None:
+    """Write files and, last, the record beside the first of them, with the checksums of all.
+
+    A first record, of a run at work, comes before them, so that files whose run was killed right here have an owner.
+    """
+    known = record_path(next(iter(contents)))
+    if not known.is_file():
+        write(known, {**record, "status": "running"})
+    for path, content in contents.items():
+        files.write_bytes(path, content)
+    checksums = {path.name: hashlib.sha256(content).hexdigest() for path, content in contents.items()}
+    write(known, {**record, "files": checksums})
+
+
+def is_complete(path: Path, record: dict, remedy: str) -> bool:
+    """Whether the run that writes this file is done already; says so.
+
+    Parameters
+    ----------
+    path : the first file that the run writes
+    record : what is known of the run before it starts
+    remedy : what to do if the file is of another run, for error messages
+
+    Raises
+    ------
+    InputError
+        If the file or its record is there from another run: it must not be overwritten.
+    """
+    if not record_path(path).is_file():
+        if path.exists():
+            raise InputError(f"{path} exists without a record; {remedy}")
+        return False
+    there = read(record_path(path))
+    check_same(path, there, record, remedy)
+    complete = there.get("status") == "complete" and path.is_file()
+    if complete and parallel.rank() == 0:
+        print(f"{path} is complete already")
+    return complete
+
+
+def check_same(path: Path, before: dict, now: dict, remedy: str) -> None:
+    """Refuse what another run wrote; where only the code in common/ is another, say so.
+
+    Parameters
+    ----------
+    path : what the run wrote
+    before, now : the record of that run, and of the one that is about to start
+    remedy : what to do, for error messages
+    """
+    for part, describe in DIFFERENCES.items():
+        old, new = (_known(record, part) for record in (before, now))
+        keys = (old.keys() | new.keys()) if part in ("arguments", "inputs") else (old.keys() & new.keys())
+        for key in sorted(keys):
+            if old.get(key) != new.get(key):
+                raise InputError(f"{path} is of a run with {describe(key, old.get(key), new.get(key))}; {remedy}")
+    if before.get("common", now.get("common")) != now.get("common") and parallel.rank() == 0:
+        print(f"{path} was begun with other code in common/; it is taken as it is")
+
+
+DIFFERENCES = {  # what decides the result, and how a difference is said
+    "arguments": lambda flag, old, new: f"`{flag}` {old} (now {new})",
+    "inputs": lambda path, _old, _new: f"another {path}",
+    "data": lambda key, old, new: f"other data: {key} {old} (now {new})",
+    "code": lambda file, _old, _new: f"other code in {file}, which was edited since",
+    "processes": lambda _key, old, new: f"{old} processes (now {new})",
+}
+
+
+def _known(record: dict, part: str) -> dict:
+    """A part of a record's identity; what is off, empty or as measured (mean and deviation) does not count."""
+    if part == "processes":
+        return {"": record.get("processes", 1)}
+    if "arguments" not in record:
+        return {}
+    return {k: v for k, v in record.get(part, {}).items() if v and k not in ("mean", "std")}
+
+
+def code_of(script: Path) -> dict:
+    """The code that runs, as entries of a record: the script and all it imported from its folder, and common/."""
+    modules = {Path(m.__file__).resolve() for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
+    own = sorted({script} | {file for file in modules if file.parent == script.parent and file.is_file()})
+    return {"code": {path.name: syntax_hash(path) for path in own}, "common": common_hash()}
+
+
+@cache
+def common_hash() -> str:
+    """SHA-256 of all code in common/."""
+    files_there = sorted((ROOT / "common").rglob("*.py"))
+    return hashlib.sha256("".join(map(syntax_hash, files_there)).encode()).hexdigest()
+
+
+@cache
+def syntax_hash(path: Path) -> str:
+    """SHA-256 of the code in a file without comments, docstrings and layout."""
+    tree = ast.parse(path.read_bytes())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            body[0].value.value = ""
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+
+
+def environment(device: torch.device) -> dict:
+    """Where and with what a run is made; nothing about who runs it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()}, {os.cpu_count()} cores"
+    return {
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in PACKAGES},
+        "device": name,
+    }
+
+
+def checksums(*paths: Path) -> dict[str, str]:
+    """SHA-256 by path, of those files that exist."""
+    return {display_path(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+
+
+@cache
+def _commit() -> str:
+    """The commit of this checkout, with "+" if files that git tracks differ from it."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if changed else "")
+
+
+@cache
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
