@@ -15,6 +15,8 @@ from common import files, records
 from common.errors import InputError, reason
 from common.records import record_path
 
+WRAPPERS = ("state_dict", "model", "net", "model_state_dict")  # under which others keep weights
+PREFIXES = ("module.", "_orig_mod.")  # of torch's DataParallel and DistributedDataParallel, and of torch.compile
 UNFINISHED = {"running": "is not finished", "diverged": "diverged"}
 SAFE_TORCH = "2.10"  # the first whose weights_only holds: CVE-2025-32434 (2.6), CVE-2026-24747 (2.10)
 
@@ -67,13 +69,13 @@ def read_checked(path: Path, record: Path, remedy: str) -> bytes:
     return content
 
 
-def load_checkpoint(path: Path, *, plain: bool = False, finished: bool = False) -> dict:
+def load_checkpoint(path: Path, *, foreign: bool = False, finished: bool = False) -> dict:
     """Read a checkpoint: a dictionary with `state_dict`; files that hold anything but tensors and plain values fail.
 
     Parameters
     ----------
     path : the file
-    plain : also take a file that holds the `state_dict` alone
+    foreign : also take what other programs write: weights alone or under another name, names with a prefix
     finished : refuse a file whose record says that the run is not complete
     """
     remedy = "run train_stage1.py first, or name another file"
@@ -82,8 +84,7 @@ def load_checkpoint(path: Path, *, plain: bool = False, finished: bool = False) 
     if finished and status in UNFINISHED:
         raise InputError(f"{path} is of a run that {UNFINISHED[status]}; run the command that makes it again")
     checkpoint = _load(content, path, "a checkpoint of tensors and plain values", remedy)
-    if plain and isinstance(checkpoint, dict) and "state_dict" not in checkpoint:
-        checkpoint = {"state_dict": dict(checkpoint)}
+    checkpoint = {"state_dict": _plain_names(checkpoint)} if foreign else checkpoint
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} has no 'state_dict' of tensors; {remedy}")
@@ -93,6 +94,18 @@ def load_checkpoint(path: Path, *, plain: bool = False, finished: bool = False) 
         if not tensor.isfinite().all():
             raise InputError(f"{path}: {key} holds values that are not finite; {remedy}")
     return checkpoint
+
+
+def _plain_names(checkpoint):
+    """The weights in what another program wrote, under the names that the network itself gives them."""
+    while isinstance(checkpoint, dict) and (wrapper := next((w for w in WRAPPERS if w in checkpoint), None)):
+        checkpoint = checkpoint[wrapper]
+    if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
+        return checkpoint
+    for prefix in PREFIXES * 2:  # they come in either order
+        if all(key.startswith(prefix) for key in checkpoint):
+            checkpoint = {key.removeprefix(prefix): value for key, value in checkpoint.items()}
+    return dict(checkpoint)
 
 
 def _load(content: bytes, path: Path, what: str, remedy: str):
@@ -119,7 +132,9 @@ def load_weights(network: torch.nn.Module, path: Path) -> dict:
 
 
 def load_state_dict(network: torch.nn.Module, state: dict[str, torch.Tensor], source) -> None:
-    """Load weights that have exactly the network's names and shapes."""
+    """Load weights that have exactly the network's names and shapes; counters of batch norm may be absent."""
+    counters = {k: v for k, v in network.state_dict().items() if k.endswith(".num_batches_tracked")}
+    state = {**{k: v for k, v in counters.items() if k not in state}, **state}
     expected = {k: tuple(v.shape) for k, v in network.state_dict().items()}
     found = {k: tuple(v.shape) for k, v in state.items()}
     if expected != found:

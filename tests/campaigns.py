@@ -219,7 +219,7 @@ def hostile(folder: Path, canary: Path) -> dict[str, tuple[Path, object]]:
     """Files that others might send, by what they try, and what reads them; none has a record."""
 
     def checkpoint(path: Path):
-        return artifacts.load_checkpoint(path, plain=True)
+        return artifacts.load_checkpoint(path, foreign=True)
 
     def array(path: Path):
         return artifacts.load_array(path, folder / "none.json", "make it again")
