@@ -79,10 +79,10 @@ def place(network: nn.Module, device: torch.device) -> nn.Module:
     return network
 
 
-def wrap(network: nn.Module, *, compile: bool = False) -> nn.Module:
-    """A module to train that has the network's weights, averages gradients over processes, and may be compiled."""
+def wrap(network: nn.Module, *, compile: bool = False, **options) -> nn.Module:
+    """A module to train: has the network's weights, averages gradients over processes, may be compiled with options."""
     wrapped = nn.parallel.DistributedDataParallel(network) if size() > 1 else network
-    return torch.compile(wrapped) if compile else wrapped
+    return torch.compile(wrapped, **options) if compile else wrapped
 
 
 def broadcast_buffers(network: nn.Module) -> None:

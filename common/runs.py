@@ -41,7 +41,7 @@ class Run:
     best : where the checkpoint of the epoch that is kept goes; record and state lie beside it
     record : what is known before it starts, with what makes it this run and no other (see `records`)
     data : what it is trained on
-    seed : fixes order, augmentation and dropout; an epoch's randomness depends on (seed, epoch) alone
+    seed : fixes first weights, order, augmentation and dropout; an epoch's randomness depends on (seed, epoch) alone
     select : what chooses the epoch that is kept: "val", "last" (nothing: the last epoch) or "test"
     resume : go on where an interrupted run was; on a CPU the result is the same bits as without interruption
     mask : what is kept at zero; goes into the checkpoints
@@ -62,6 +62,7 @@ class Run:
         self.finished = records.is_complete(best, self.record, OTHER_RUN)
         self.lines, self.kept, self.kept_state, self.highest = [], {"epoch": 0}, None, 0.0
         self.moments, self.start, self.next_save = {}, time.perf_counter(), 0.0
+        torch.manual_seed(seed)  # what is drawn from here on, such as a network's first weights
 
     def place(self, network: nn.Module) -> nn.Module:
         """The network on the device of the data."""

@@ -110,7 +110,8 @@ def make_schedule(
         return CosineAnnealingLR(optimizer, total)
     if name == "one-cycle":
         rates = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, rates, total, pct_start=warm_up, cycle_momentum=False)
+        rising = 0.0 if warm_up * total == 1 else min(float(warm_up), 1 - 1e-9)  # torch would divide by 0
+        return OneCycleLR(optimizer, rates, total, pct_start=rising, cycle_momentum=False)
     return MultiStepLR(optimizer, [steps * epoch for epoch in milestones], gamma)
 
 

@@ -30,7 +30,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "mlp")]
 import model
-from common import artifacts, cli, datasets
+from common import artifacts, cli, datasets, records
 from common.errors import InputError
 
 torch.set_num_threads(1)  # and no other threads, so that processes may be forked
@@ -125,9 +125,9 @@ def whole(path: Path) -> bool:
     """Whether a file is one that its reader takes."""
     try:
         if path.suffix == ".json":
-            artifacts.read_json(path)
+            records.read(path)
         elif path.suffix == ".state":
-            artifacts.load_state(path, "", "")
+            artifacts.load_state(path, "")
         elif path.suffix == ".npy":
             np.load(path)
         elif path.suffix == ".pkl":
@@ -153,10 +153,14 @@ def artefacts(folder: Path) -> dict[str, tuple[Path, Path, object]]:
         state = {"state_dict": torch.nn.Linear(30, 20).state_dict(), "epoch": 1}
         scores, labels = np.random.default_rng(ord(name)).random((6, 8)), np.arange(8) % 4 + (name == "b")
         content = artifacts.checkpoint_bytes(state)
-        artifacts.save({folder / f"{name}.pkl": content}, {"stage": 1, "arguments": {"Lr": 0.1}, "name": name})
+        records.save({folder / f"{name}.pkl": content}, {"stage": 1, "arguments": {"Lr": 0.1}, "name": name})
         files = {folder / f"{name}_scores.npy": scores, folder / f"{name}_labels.npy": labels}
-        artifacts.save({path: artifacts.array_bytes(array) for path, array in files.items()}, {"stage": 2})
+        records.save({path: artifacts.array_bytes(array) for path, array in files.items()}, {"stage": 2})
         artifacts.save_state(folder / f"{name}.state", {"key": name, "total": torch.from_numpy(scores)})
+
+    def own_state(path: Path) -> dict:
+        state = artifacts.load_state(path, "remove it")
+        return state if state["key"] == "a" else refuse(path)
 
     def array(path: Path) -> np.ndarray:
         return artifacts.load_array(path, folder / f"{path.name[0]}_scores.json", "run pruning_1b.py again")
@@ -165,8 +169,8 @@ def artefacts(folder: Path) -> dict[str, tuple[Path, Path, object]]:
         "checkpoint": (".pkl", artifacts.load_checkpoint),
         "scores": ("_scores.npy", array),
         "labels": ("_labels.npy", array),
-        "record": (".json", artifacts.read_json),
-        "state": (".state", lambda path: artifacts.load_state(path, "a", "remove it") or refuse(path)),
+        "record": (".json", records.read),
+        "state": (".state", own_state),
     }
     return {kind: (folder / f"a{end}", folder / f"b{end}", read) for kind, (end, read) in readers.items()}
 
@@ -225,7 +229,7 @@ def hostile(folder: Path, canary: Path) -> dict[str, tuple[Path, object]]:
         return artifacts.load_array(path, folder / "none.json", "make it again")
 
     def state(path: Path):
-        return artifacts.load_state(path, "key", "remove it")
+        return artifacts.load_state(path, "remove it")
 
     def file(name: str, content: bytes) -> Path:
         (folder / name).write_bytes(content)
@@ -263,8 +267,8 @@ def hostile(folder: Path, canary: Path) -> dict[str, tuple[Path, object]]:
         "an array larger than its file": (file("10.npy", numpy_file(header % ("'<f8'", f"({10**15},)"))), array),
         "an array of negative size": (file("11.npy", numpy_file(header % ("'<f8'", "(-5,)"), bytes(40))), array),
         "a header without end": (file("12.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\xff"), array),
-        "a record of a million brackets": (file("13.json", b"[" * 10**6), artifacts.read_json),
-        "a record that is no object": (file("14.json", b"[1]"), artifacts.read_json),
+        "a record of a million brackets": (file("13.json", b"[" * 10**6), records.read),
+        "a record that is no object": (file("14.json", b"[1]"), records.read),
         "an image of a billion pixels": (file("15.png", png(50_000, 50_000)), datasets.read_image),
         "an image that is none": (file("16.png", b"\x89PNG\r\n\x1a\n" + bytes(100)), datasets.read_image),
         "not a number among the weights": (file("17.pkl", saved({"a": torch.tensor([float("nan")])})), checkpoint),
@@ -317,8 +321,8 @@ def fuzz_files(count: int, seed: int = 0) -> dict:
         seeds = {
             ".pkl": (kinds["checkpoint"][0].read_bytes(), artifacts.load_checkpoint),
             ".npy": (kinds["scores"][0].read_bytes(), lambda p: artifacts.load_array(p, scratch / "none", "again")),
-            ".json": (kinds["record"][0].read_bytes(), artifacts.read_json),
-            ".state": (kinds["state"][0].read_bytes(), lambda p: artifacts.load_state(p, "a", "remove it")),
+            ".json": (kinds["record"][0].read_bytes(), records.read),
+            ".state": (kinds["state"][0].read_bytes(), lambda p: artifacts.load_state(p, "remove it")),
             ".png": ((scratch / "a.png").read_bytes(), datasets.read_image),
         }
         for _ in range(count):
@@ -351,17 +355,17 @@ def fuzz_files(count: int, seed: int = 0) -> dict:
 MISSING = object()
 WHOLE = ["0", "-1", "1.5", "nan", "inf", "x", ""]
 TABLE = {  # flags: what they must refuse
-    "Epoch Batch_size Dims Expt_rerun Milestones Samples_per_class": WHOLE,
+    "Batch_size Dims Expt_rerun Milestones Samples_per_class": WHOLE,
     "cores dims samples_per_class null parent_clusters children_clusters": WHOLE,
     "bootstrap": ["1", *WHOLE],
-    "Device_ids Seed Workers Val_size key_id seed device_ids": WHOLE[1:],
-    "upper_prune_limit upper_prune_per lower_prune_per Prune_per": ["-0.1", "1.01", "nan", "inf", "x", ""],
+    "Epoch Device_ids Seed Workers Val_size key_id seed device_ids": WHOLE[1:],
+    "upper_prune_limit upper_prune_per lower_prune_per Prune_per Warm_up": ["-0.1", "1.01", "nan", "inf", "x", ""],
     "prune_per_step": ["0", "-0.1", "2", "nan", "x", ""],
     "Lr Gamma width": ["0", "-1", "nan", "inf", "x", ""],
     "Weight_decay": ["-1", "nan", "inf", "x", ""],
-    "Dropout": ["-1", "1", "nan", "inf", "x", ""],
-    "Dataset Opt Model Select Criterion model dataset estimator given precision device grouping": ["?", ""],
-    "Save_dir Data_dir Weights Retrain Retrain_mask Labels_file Labels_children_file weights_dir data_dir": [""],
+    "Dropout Label_smoothing": ["-1", "1", "nan", "inf", "x", ""],
+    "Dataset Opt Schedule Model Select Criterion model dataset estimator given precision device grouping": ["?", ""],
+    "Save_dir Data_dir Weights Init Retrain Retrain_mask Labels_file Labels_children_file weights_dir data_dir": [""],
     "name_postfix weights_file": ["", "../x", "a/b", "a b", "\0"],
     "Nesterov Amp Resume Compile Prune_of_network Refit Even Skip_unreadable skip_unreadable split_half": ["=1"],
     "Classes classes parent_key children_key": [MISSING],
@@ -369,13 +373,15 @@ TABLE = {  # flags: what they must refuse
 ILLEGAL = {name: values for names, values in TABLE.items() for name in names.split()}
 
 
-def parsed(stage: int, argv: list[str], **defaults) -> tuple[int | None, str]:
+def parsed(stage: int, argv: list[str]) -> tuple[int | None, str]:
     """Exit code (None: the command line was taken) and what was said on standard error."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            cli.parse("doc", stage, argv, **defaults)
+            cli.parse(__file__, "doc", model, stage, argv)
         return None, said.getvalue()
+    except InputError as error:
+        return 2, f"{cli.in_flags(str(error))}\n"
     except SystemExit as stop:
         return stop.code, said.getvalue()
 
@@ -398,7 +404,7 @@ def illegal_flags() -> dict:
     for stage, name, value in cases + misspelt:
         argv = [f"--{name}"] if value is MISSING else [f"--{name}=1"] if value == "=1" else [f"--{name}", value]
         others = [] if stage != 2 or name == "key_id" else ["--key_id", "0"]
-        code, said = parsed(stage, [*others, *argv], Model="mlp", model="mlp")
+        code, said = parsed(stage, [*others, *argv])
         good = code == 2 and said.count("\n") == 1 and name in said
         found["tried"] += 1
         found["refused"] += good
@@ -440,7 +446,7 @@ def fuzz_flags(count: int, seed: int = 0) -> dict:
         stage = int(rng.integers(1, 4))
         found["tried"] += 1
         try:
-            code, said = parsed(stage, argv, **{1: model.TRAINING, 2: {}, 3: model.RETRAINING}[stage])
+            code, said = parsed(stage, argv)
         except Exception as error:
             code, said = 1, repr(error)
         end = "taken" if code is None else "refused" if code == 2 and said.count("\n") == 1 else "other_ends"
@@ -462,7 +468,7 @@ def main() -> None:
     found["seconds"] = round(time.monotonic() - start)
     print(json.dumps(found, indent=1))
     if args.record:
-        artifacts.write_json(args.record, {**found, **artifacts.circumstances(torch.device("cpu"))})
+        records.write(args.record, {**found, **records.environment(torch.device("cpu"))})
 
 
 if __name__ == "__main__":

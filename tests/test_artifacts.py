@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from campaigns import Code
-from common import artifacts
+from common import artifacts, files, records
 from common.errors import InputError
 
 
@@ -17,7 +17,7 @@ def checkpoint(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "logits_best.pkl"
     content = artifacts.checkpoint_bytes({"state_dict": nn.Linear(3, 2).state_dict(), "epoch": 7})
-    artifacts.save({path: content}, {"status": "complete"})
+    records.save({path: content}, {"status": "complete"})
     return path
 
 
@@ -30,8 +30,7 @@ def test_checkpoint_round_trip(checkpoint):
 
 
 def test_equal_states_give_equal_bytes(checkpoint):
-    again = artifacts.checkpoint_bytes(artifacts.load_checkpoint(checkpoint))
-    assert again == artifacts.checkpoint_bytes(artifacts.load_checkpoint(checkpoint))
+    assert artifacts.checkpoint_bytes(artifacts.load_checkpoint(checkpoint)) == checkpoint.read_bytes()
 
 
 @pytest.mark.parametrize("position", range(0, 2000, 97))
@@ -46,7 +45,7 @@ def test_a_flipped_bit_is_detected(checkpoint, position):
 @pytest.mark.parametrize("length", [0, 1, 500])
 def test_a_truncated_checkpoint_is_refused_also_without_record(checkpoint, length):
     checkpoint.write_bytes(checkpoint.read_bytes()[:length])
-    artifacts.record_of(checkpoint).unlink()
+    records.record_path(checkpoint).unlink()
     with pytest.raises(InputError, match="is not a checkpoint"):
         artifacts.load_checkpoint(checkpoint)
 
@@ -69,6 +68,28 @@ def test_a_checkpoint_without_tensors_is_refused(tmp_path, content):
         artifacts.load_checkpoint(tmp_path / "x.pkl")
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "net"])
+def test_checkpoints_of_other_programs_load(tmp_path, prefix, wrapper):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    state = {prefix + k: v for k, v in network.state_dict().items() if "num_batches" not in k}
+    torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "x.pth")
+    found = artifacts.load_checkpoint(tmp_path / "x.pth", foreign=True)["state_dict"]
+    other = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    artifacts.load_state_dict(other, found, "x.pth")
+    assert torch.equal(other[0].weight, network[0].weight)
+
+
+@pytest.mark.parametrize("status", ["running", "diverged"])
+def test_a_checkpoint_of_an_unfinished_run_is_refused_where_a_finished_one_is_meant(checkpoint, status):
+    known = records.read(records.record_path(checkpoint))
+    records.write(records.record_path(checkpoint), {**known, "status": status})
+    assert artifacts.load_checkpoint(checkpoint)
+    with pytest.raises(InputError, match=r"logits_best.pkl is of a run that .*; run the command that makes it again"):
+        artifacts.load_weights(nn.Linear(3, 2), checkpoint)
+
+
 def test_weights_of_another_network_name_the_layer(checkpoint):
     with pytest.raises(InputError, match=r"weight is \(2, 3\), here \(2, 4\)"):
         artifacts.load_weights(nn.Linear(4, 2), checkpoint)
@@ -87,44 +108,42 @@ def test_pickled_arrays_are_not_executed(tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x"
-    artifacts.write_bytes(path, b"old")
+    files.write_bytes(path, b"old")
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        artifacts.write_bytes(path, b"new")
+        files.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_finished_run_is_known_and_another_is_not_overwritten(checkpoint):
     identity = {"arguments": {"Lr": 0.1}, "inputs": {"a.pkl": "00"}}
-    artifacts.write_json(artifacts.record_of(checkpoint), {**identity, "status": "complete"})
-    assert artifacts.is_complete(checkpoint, identity)
-    with pytest.raises(InputError, match=r"--Lr 0\.1 \(now 0\.2\)"):
-        artifacts.is_complete(checkpoint, {**identity, "arguments": {"Lr": 0.2}})
+    records.write(records.record_path(checkpoint), {**identity, "status": "complete"})
+    assert records.is_complete(checkpoint, identity, "remove it")
+    with pytest.raises(InputError, match=r"`Lr` 0\.1 \(now 0\.2\); remove it"):
+        records.is_complete(checkpoint, {**identity, "arguments": {"Lr": 0.2}}, "remove it")
     with pytest.raises(InputError, match=r"another a\.pkl"):
-        artifacts.is_complete(checkpoint, {**identity, "inputs": {"a.pkl": "11"}})
-    artifacts.write_json(artifacts.record_of(checkpoint), {**identity, "status": "running"})
-    assert not artifacts.is_complete(checkpoint, identity)
+        records.is_complete(checkpoint, {**identity, "inputs": {"a.pkl": "11"}}, "remove it")
+    records.write(records.record_path(checkpoint), {**identity, "status": "running"})
+    assert not records.is_complete(checkpoint, identity, "remove it")
 
 
 def test_a_record_without_its_file_is_no_finished_run(checkpoint):
     """As in a fresh clone, where records are committed and checkpoints are not."""
-    artifacts.write_json(artifacts.record_of(checkpoint), {"arguments": {"Lr": 0.1}, "status": "complete"})
+    records.write(records.record_path(checkpoint), {"arguments": {"Lr": 0.1}, "status": "complete"})
     checkpoint.unlink()
-    assert not artifacts.is_complete(checkpoint, {"arguments": {"Lr": 0.1}})
-    assert not artifacts.is_complete(checkpoint, {"arguments": {"Lr": 0.1}, "inputs": {"a.pkl": "22"}})
-    with pytest.raises(InputError, match="--Lr"):
-        artifacts.is_complete(checkpoint, {"arguments": {"Lr": 0.2}})
+    assert not records.is_complete(checkpoint, {"arguments": {"Lr": 0.1}}, "remove it")
+    with pytest.raises(InputError, match="`Lr`"):
+        records.is_complete(checkpoint, {"arguments": {"Lr": 0.2}}, "remove it")
 
 
 def test_records_show_no_path_outside_the_repository(tmp_path):
-    assert artifacts.public(tmp_path / "secret" / "x.pkl") == "x.pkl"
-    assert artifacts.public(artifacts.RESULTS / "a" / "x.pkl") == "results/a/x.pkl"
-    assert artifacts.under_results("a/b") == artifacts.RESULTS / "a" / "b"
+    assert files.display_path(tmp_path / "secret" / "x.pkl") == "x.pkl"
+    assert files.display_path(files.RESULTS / "a" / "x.pkl") == "results/a/x.pkl"
+    assert files.under_results("a/b") == files.RESULTS / "a" / "b"
 
 
-def test_the_state_of_another_run_is_not_used(tmp_path):
+def test_a_state_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "x.state"
-    artifacts.save_state(path, {"key": "key", "done": 64})
-    assert artifacts.load_state(path, "key", "remove it")["done"] == 64
-    assert artifacts.load_state(path, "other", "remove it") is None
+    artifacts.save_state(path, {"done": 64})
+    assert artifacts.load_state(path, "remove it") == {"done": 64}

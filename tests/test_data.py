@@ -1,5 +1,6 @@
 """Data sets, splits and batches."""
 
+import itertools
 import pickle
 import shutil
 
@@ -7,14 +8,16 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from conftest import model_of
 from PIL import Image
 
-from common import artifacts, parallel
-from common.data import IMAGENET, PADDING, Split, load, sample_per_class, shift_and_mirror
+from common import parallel, records
+from common.data import IMAGENET, Split, crop_and_flip, load, sample_per_class, shift_and_mirror
 from common.datasets import torchvision
 from common.errors import InputError
 
 CPU = torch.device("cpu")
+PADDING = 4
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +50,13 @@ def test_holding_none_out_trains_on_all(digits):
 
 @pytest.mark.parametrize("size", [3, 1430])
 def test_impossible_validation_sizes_are_refused(size):
-    with pytest.raises(InputError, match="--Val_size"):
+    with pytest.raises(InputError, match="`val_size`"):
         load("DIGITS", "unused", val_size=size, device=CPU)
 
 
 def test_batches_show_every_row_once():
     split = Split(torch.arange(10, dtype=torch.uint8)[:, None, None, None] * 25, torch.arange(10))
-    for batches in (split.batches(4), split.training_batches(4, seed=1)):
+    for batches in (split.batches(4), split.shuffled(4, seed=1)):
         seen = [(image, label) for images, labels, *_ in batches for image, label in zip(images, labels, strict=True)]
         assert sorted(int(label) for _, label in seen) == list(range(10))
         assert all(float(image) == pytest.approx(25 * int(label) / 255) for image, label in seen)
@@ -71,7 +74,7 @@ def test_sample_per_class_is_exact_without_replacement_and_mixed(digits):
 
 
 def test_more_samples_than_there_are_name_the_class(digits):
-    with pytest.raises(InputError, match=r"--samples_per_class 650: class \d of the training split has 1\d\d images"):
+    with pytest.raises(InputError, match=r"`samples_per_class` 650: class \d of the training split has 1\d\d images"):
         sample_per_class(digits.train.labels, 650, seed=0)
 
 
@@ -102,7 +105,7 @@ def test_augmentation_is_torchvisions(rng):
     images = torch.from_numpy(rng.integers(0, 256, (20, 3, 32, 32), np.uint8))
     down, right = (torch.from_numpy(rng.integers(0, 2 * PADDING + 1, 20)) for _ in range(2))
     mirrored = torch.from_numpy(rng.random(20) < 0.5)
-    found = shift_and_mirror(images, down, right, mirrored)
+    found = shift_and_mirror(images, down, right, mirrored, PADDING)
     for k in range(20):
         expected = functional.crop(functional.pad(images[k], [PADDING] * 4), int(down[k]), int(right[k]), 32, 32)
         assert torch.equal(found[k], functional.horizontal_flip(expected) if mirrored[k] else expected)
@@ -112,8 +115,8 @@ def test_augmentation_is_drawn_uniformly():
     """A single bright pixel shows where each image went: all 81 shifts, mirrored or not, equally often."""
     images = torch.zeros(16200, 1, 16, 16, dtype=torch.uint8)
     images[:, :, 6, 5] = 255
-    split = Split(images, torch.arange(len(images)), augment=True)
-    (batch, labels, _), *_ = split.training_batches(len(images), seed=3)
+    split = Split(images, torch.arange(len(images)))
+    (batch, labels, _), *_ = split.shuffled(len(images), seed=3, augment=crop_and_flip(PADDING))
     rows, cols = np.unravel_index(batch.flatten(1).argmax(1).numpy(), (16, 16))
     counts = np.zeros((16, 16))
     np.add.at(counts, (rows, cols), 1)
@@ -128,26 +131,26 @@ def test_augmentation_is_drawn_uniformly():
 
 
 def test_training_batches_depend_on_the_seed_alone():
-    split = Split(torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8), torch.arange(50), augment=True)
+    split = Split(torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8), torch.arange(50))
 
     def batches(seed):
-        return torch.cat([images for images, *_ in split.training_batches(16, seed)])
+        return torch.cat([images for images, *_ in split.shuffled(16, seed, crop_and_flip())])
 
     assert torch.equal(batches(1), batches(1))
     assert not torch.equal(batches(1), batches(2))
     assert len(batches(1)) == 50
-    assert len(torch.cat([labels for _, labels, _ in split[torch.arange(33)].training_batches(16, 0)])) == 32
+    assert len(torch.cat([labels for _, labels, _ in split[torch.arange(33)].shuffled(16, 0)])) == 32
 
 
 def test_processes_share_every_batch(monkeypatch):
     """Together they see what one sees, in the same order within a batch."""
     split = Split(torch.arange(41, dtype=torch.uint8)[:, None, None, None], torch.arange(41))
-    whole = [labels for _, labels, _ in split.training_batches(8, 5)]
+    whole = [labels for _, labels, _ in split.shuffled(8, 5)]
     parts = []
     for rank in (0, 1, 2):
         monkeypatch.setattr(parallel, "size", lambda: 3)
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        parts.append([labels for _, labels, _ in split.training_batches(8, 5)])
+        parts.append([labels for _, labels, _ in split.shuffled(8, 5)])
     for batch, *shares in zip(whole, *parts, strict=False):
         assert torch.equal(batch, torch.cat(shares))
     assert [len(part) for part in parts] == [5, 5, 5]  # the last batch, one image, is left out
@@ -168,8 +171,8 @@ def test_cifar_tree_is_decoded_once(photographs, tmp_path, monkeypatch):
     cache.write_bytes(cache.read_bytes()[:-1] + b"x")
     with pytest.raises(InputError, match=r"decoded.npy is damaged.*remove it"):
         load("CIFAR10", tmp_path, val_size=8, device=CPU)
-    record = artifacts.read_json(artifacts.record_of(cache))
-    artifacts.write_json(artifacts.record_of(cache), {"listing": record["listing"], "status": "running"})
+    record = records.read(records.record_path(cache))
+    records.write(records.record_path(cache), {"listing": record["listing"], "status": "running"})
     again = load("CIFAR10", tmp_path, val_size=8, device=CPU)  # as if the run that decodes had been killed
     assert again.fingerprint == data.fingerprint
     (tmp_path / "cifar10/train/china/0.jpg").unlink()
@@ -203,7 +206,9 @@ def test_imagenet_folders(photographs, tmp_path):
     """Images are read as needed, the same whatever the number of workers."""
     first, second = (load("ImageNet", photographs, val_size=4, device=CPU, workers=w) for w in (0, 2))
     assert (len(first.train), len(first.val), len(first.test), first.classes) == (8, 4, 8, 2)
-    for a, b in zip(first.train.training_batches(4, 7), second.train.training_batches(4, 7), strict=True):
+    for a, b in zip(
+        *(data.train.shuffled(4, 7, model_of("resnet50").augment()) for data in (first, second)), strict=True
+    ):
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
     images, labels = next(first.test.batches(5))
@@ -220,13 +225,16 @@ def test_imagenet_folders(photographs, tmp_path):
     assert sample_per_class(chosen.train.labels, 3, seed=0).shape == (3,)
 
 
-@pytest.mark.parametrize("name", ["CIFAR10", "ImageNet"])
-@pytest.mark.parametrize("damage", ["no image", "cut off", "missing class", "wrong size"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *itertools.product(["CIFAR10", "ImageNet"], ["no image", "cut off", "missing class"]),
+        ("CIFAR10", "wrong size"),  # ImageNet's images have any size
+    ],
+)
 def test_damaged_image_folders_are_named(photographs, tmp_path, name, damage):
     tree, other = {"CIFAR10": ("cifar10", "test"), "ImageNet": ("imagenet", "val")}[name]
-    shutil.copytree(photographs / tree, tmp_path / tree)
-    for cached in (tmp_path / tree).glob("decoded.*"):
-        cached.unlink()
+    shutil.copytree(photographs / tree, tmp_path / tree, ignore=shutil.ignore_patterns("decoded.*"))
     victim = tmp_path / tree / "train" / "china" / "1.jpg"
     if damage == "no image":
         victim.write_bytes(b"no image")
@@ -234,10 +242,8 @@ def test_damaged_image_folders_are_named(photographs, tmp_path, name, damage):
         victim.write_bytes(victim.read_bytes()[:200])
     elif damage == "missing class":
         shutil.rmtree(tmp_path / tree / other / "flower")
-    elif name == "CIFAR10":
-        Image.new("RGB", (32, 31)).save(victim)
     else:
-        return  # ImageNet's images have any size
+        Image.new("RGB", (32, 31)).save(victim)
     expected = "flower is in one" if damage == "missing class" else "1.jpg"
     with pytest.raises(InputError, match=expected):
-        list(load(name, tmp_path, val_size=0, device=CPU).train.training_batches(4, 0))
+        list(load(name, tmp_path, val_size=0, device=CPU).train.batches(4))

@@ -12,11 +12,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, record
+from conftest import ENVIRONMENT, ROOT, model_of, record
 from PIL import Image
 
 import campaigns
-from common import activations, artifacts, masks, refit
+from common import activations, artifacts, files, masks, records, refit
 from common.cmi import layer_cmi
 from common.data import Split, load
 from common.errors import InputError
@@ -76,11 +76,11 @@ def test_two_processes_do_not_write_one_file(tmp_path, call):
     """The second one refuses; what the first one has is not touched; afterwards the lock is gone."""
     flags = ["train_stage1.py", *TRAIN, "--Save_dir", tmp_path]
     best = tmp_path / "0" / "logits_best.pkl"
-    with artifacts.alone(best):
+    with files.file_lock(best):
         assert f"{best} is being written by another process" in call(*flags, code=2)
         assert not best.exists()
     call(*flags)
-    with artifacts.alone(tmp_path / "0" / "I_parent_cmi_fc1.weight_fc2.weight.npy"):
+    with files.file_lock(tmp_path / "0" / "I_parent_cmi_fc1.weight_fc2.weight.npy"):
         score = f"--dataset DIGITS --samples_per_class 20 --weights_dir {tmp_path}/0 --key_id".split()
         groups = "--parent_clusters 5 --children_clusters 5".split()
         assert "is being written by another process" in call("pruning_1b.py", *score, 0, *groups, code=2)
@@ -174,7 +174,7 @@ def test_want_of_memory_is_one_line(tmp_path, call, monkeypatch):
     def refuse(*_args, **_options):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes")
 
-    monkeypatch.setattr("common.runs.fit", refuse)
+    monkeypatch.setattr("common.training.train_epoch", refuse)
     message = call("train_stage1.py", *TRAIN, "--Save_dir", tmp_path, code=2)
     assert "not enough memory" in message
     assert "a smaller --Batch_size" in message
@@ -194,7 +194,7 @@ def images(photographs, tmp_path):
 
 def test_an_unreadable_image_is_named_and_left_out_on_request(images, capsys):
     folder, broken = images
-    with pytest.raises(InputError, match=rf"{broken} is no readable image.*--Skip_unreadable"):
+    with pytest.raises(InputError, match=rf"{broken} is no readable image.*`skip_unreadable`"):
         load("CIFAR10", folder, val_size=0, device=CPU)
     for _ in range(2):  # it is named every time
         data = load("CIFAR10", folder, val_size=0, device=CPU, skip=True)
@@ -214,10 +214,10 @@ def test_unreadable_images_that_are_read_when_needed(photographs, tmp_path, caps
     for name in ("0.jpg", "3.jpg"):
         (tmp_path / "imagenet" / "train" / "china" / name).write_bytes(b"no image")
     data = load("ImageNet", tmp_path, val_size=0, device=CPU)
-    with pytest.raises(InputError, match=r"0\.jpg is no readable image.*--Skip_unreadable"):
+    with pytest.raises(InputError, match=r"0\.jpg is no readable image.*`skip_unreadable`"):
         list(data.train.batches(5))
     data = load("ImageNet", tmp_path, val_size=0, device=CPU, skip=True)
-    for batches in (data.train.batches(5), data.train.training_batches(5, seed=0)):
+    for batches in (data.train.batches(5), data.train.shuffled(5, 0, model_of("resnet50").augment())):
         labels = torch.cat([batch[1] for batch in batches])
         assert labels.bincount().tolist() == [4, 6]
         assert capsys.readouterr().err.count("left out: ") == 2
@@ -257,29 +257,30 @@ class TestNumbers:
     def test_constant_images_carry_no_information(self, network):
         split = Split(torch.full((40, 1, 28, 28), 7, dtype=torch.uint8), torch.arange(40) % 10)
         keys = ["fc1.weight", "fc2.weight"]
-        shares = activations.relevance(network, keys, split)
+        shares = activations.output_sensitivity(network, keys, split)
         assert all((share >= 0).all() and np.isfinite(share).all() for share in shares.values())
-        parents, children = activations.paired(network, keys, split)["fc2.weight"]
+        parents, children = activations.collect_activations(network, keys, split)["fc2.weight"]
         blocks = masks.contiguous_blocks(network, "fc2.weight", 50, 30)
         for options in ({}, {"estimator": "gaussian", "given": "kept", "snr": shares["fc2.weight"]}):
             scores = layer_cmi(children, parents, blocks.child_groups, blocks.parent_groups, **options)
             assert (scores == 0).all()
-        pruned = masks.select_evenly(scores, blocks.weights, 0.9)
-        assert pruned.mean() == pytest.approx(0.9)
+        kept = masks.select_balanced(scores, blocks.weights, 0.9)
+        assert kept.mean() == pytest.approx(0.1)
 
-    @pytest.mark.parametrize("even", [False, True])
-    def test_dead_layers_are_pruned_and_refitted(self, network, even):
+    @pytest.mark.parametrize("balanced", [False, True])
+    def test_dead_layers_are_pruned_and_refitted(self, network, balanced):
         """fc1 returns nothing: fc2 is its bias, before and after."""
         with torch.no_grad():
             network.fc1.weight.zero_()
             network.fc1.bias.fill_(-1)
         split = Split(torch.randint(0, 255, (60, 1, 28, 28), dtype=torch.uint8), torch.arange(60) % 10)
         blocks = {"fc2.weight": masks.contiguous_blocks(network, "fc2.weight", 50, 30)}
-        pruned = masks.choose("magnitude", network, blocks, 0.8, [0.9], even=even)
-        held = masks.build(pruned, blocks, network)
+        ranks = masks.rank("magnitude", network, blocks, None)
+        kept = masks.select_blocks(ranks, blocks, 0.8, [0.9], balanced=balanced)
+        mask = masks.Mask.of_blocks(kept, blocks, network)
         dense, wanted = copy.deepcopy(network), network(split.images / 255)
-        masks.holder(network, held)()
-        refit.refit(network, dense, held, split)
+        mask.apply(network)
+        refit.refit(network, dense, mask, split)
         assert all(p.isfinite().all() for p in network.parameters())
         torch.testing.assert_close(network(split.images / 255), wanted, rtol=1e-4, atol=1e-4)
 
@@ -287,7 +288,7 @@ class TestNumbers:
         with torch.no_grad():
             network.fc2.weight[3, 4] = float("nan")
         content = artifacts.checkpoint_bytes({"state_dict": network.state_dict(), "epoch": 1})
-        artifacts.save({tmp_path / "logits_best.pkl": content}, {"stage": 1, "status": "complete"})
+        records.save({tmp_path / "logits_best.pkl": content}, {"stage": 1, "status": "complete"})
         message = call("pruning_1b.py", "--dataset", "DIGITS", "--weights_dir", tmp_path, "--key_id", 0, code=2)
         assert "logits_best.pkl: fc2.weight holds values that are not finite" in message
 

@@ -58,73 +58,74 @@ def random_layers(rng, ties=False):
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.962, 1])
 def test_pruned_share_is_reached_and_exceeded_by_less_than_a_block(rng, share, ties):
     scores, weights = random_layers(rng, ties)
-    chosen = masks.select(scores, weights, share, [1, 1, 1])
-    pruned = sum(w[c].sum() for w, c in zip(weights, chosen, strict=True))
+    kept = masks.select(scores, weights, share, [1, 1, 1])
+    pruned = sum(w[~k].sum() for w, k in zip(weights, kept, strict=True))
     total = sum(w.sum() for w in weights)
     assert 0 <= pruned - share * total < max(w.max() for w in weights)
 
 
 def test_blocks_are_ranked_over_all_layers_together(rng):
     scores, weights = random_layers(rng)
-    chosen = masks.select(scores, weights, 0.4, [1, 1, 1])
-    highest_pruned = max(s[c].max() for s, c in zip(scores, chosen, strict=True) if c.any())
-    lowest_kept = min(s[~c].min() for s, c in zip(scores, chosen, strict=True) if not c.all())
+    kept = masks.select(scores, weights, 0.4, [1, 1, 1])
+    highest_pruned = max(s[~k].max() for s, k in zip(scores, kept, strict=True) if not k.all())
+    lowest_kept = min(s[k].min() for s, k in zip(scores, kept, strict=True) if k.any())
     assert highest_pruned < lowest_kept
 
 
-def test_no_layer_exceeds_its_cap(rng):
+def test_no_layer_exceeds_its_maximum(rng):
     scores, weights = random_layers(rng)
     scores[1] -= 100  # the layer that would be pruned whole
-    caps = [1, 0.55, 1]
-    chosen = masks.select(scores, weights, 0.5, caps)
-    for w, c, cap in zip(weights, chosen, caps, strict=True):
-        assert w[c].sum() <= cap * w.sum()
-    assert sum(w[c].sum() for w, c in zip(weights, chosen, strict=True)) >= 0.5 * sum(w.sum() for w in weights)
+    most = [1, 0.55, 1]
+    kept = masks.select(scores, weights, 0.5, most)
+    for w, k, limit in zip(weights, kept, most, strict=True):
+        assert w[~k].sum() <= limit * w.sum()
+    assert sum(w[~k].sum() for w, k in zip(weights, kept, strict=True)) >= 0.5 * sum(w.sum() for w in weights)
 
 
-def test_share_beyond_the_caps_is_refused(rng):
-    with pytest.raises(InputError, match="upper_prune_limit allows at most"):
+def test_a_sparsity_beyond_the_maxima_is_refused(rng):
+    with pytest.raises(InputError, match="`upper_prune_limit` allows at most"):
         masks.select(*random_layers(rng), 0.9, [0.5, 0.5, 0.5])
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.99, 1])
 @pytest.mark.parametrize("shape", [(20, 50), (1, 9), (7, 3)])
-def test_even_selection_reaches_the_share_within_a_block(rng, share, shape):
+def test_balanced_selection_reaches_the_share_within_a_block(rng, share, shape):
     weights = rng.integers(1, 20, shape)
-    pruned = masks.select_evenly(rng.normal(size=shape), weights, share)
+    pruned = ~masks.select_balanced(rng.normal(size=shape), weights, share)
     assert -1e-6 <= weights[pruned].sum() - share * weights.sum() < weights.max()
 
 
-def test_even_selection_covers_groups_before_it_repeats_them(rng):
+def test_balanced_selection_covers_groups_before_it_repeats_them(rng):
     """100 blocks of 20 x 50: each child group 5, each parent group 2; 10 blocks: different ones throughout."""
     weights = np.full((20, 50), 6)
     for count, per_child, per_parent in ((100, 5, 2), (10, 1, 1), (37, 2, 1)):
-        kept = ~masks.select_evenly(rng.normal(size=(20, 50)), weights, 1 - count / 1000)
+        kept = masks.select_balanced(rng.normal(size=(20, 50)), weights, 1 - count / 1000)
         assert kept.sum() == count
         assert kept.sum(1).max() <= per_child
         assert kept.sum(0).max() <= per_parent
 
 
-def test_even_selection_takes_the_highest_scores_it_may(rng):
+def test_balanced_selection_takes_the_highest_scores_it_may(rng):
     """With parts that never bind it is the ordinary selection; the highest block is always kept."""
     scores = np.arange(20.0)[None]
-    assert np.flatnonzero(~masks.select_evenly(scores, np.ones((1, 20)), 0.75)[0]).tolist() == [15, 16, 17, 18, 19]
+    assert np.flatnonzero(masks.select_balanced(scores, np.ones((1, 20)), 0.75)[0]).tolist() == [15, 16, 17, 18, 19]
     scores = rng.normal(size=(8, 8))
-    assert not masks.select_evenly(scores, np.ones((8, 8)), 0.9).ravel()[scores.argmax()]
+    assert masks.select_balanced(scores, np.ones((8, 8)), 0.9).ravel()[scores.argmax()]
 
 
 @pytest.mark.parametrize("criterion", ["cmi", "random", "magnitude"])
-def test_even_choice_keeps_the_layers_shares(net, rng, criterion):
+def test_balanced_selection_keeps_the_layers_shares(net, rng, criterion):
     blocks = {
         "conv.weight": masks.contiguous_blocks(net, "conv.weight", 6, 10),
         "final.weight": masks.contiguous_blocks(net, "final.weight", 10, 4),
     }
     scores = {key: rng.random(b.weights.shape) for key, b in blocks.items()}
-    plain, even = (
-        masks.choose(criterion, net, blocks, 0.6, [0.9, 0.9], scores=scores, even=even) for even in (False, True)
+    ranks, like = masks.rank(criterion, net, blocks, scores), None if criterion == "cmi" else scores
+    plain, balanced = (
+        masks.select_blocks(ranks, blocks, 0.6, [0.9, 0.9], like=like, balanced=balanced) for balanced in (False, True)
     )
     for key, block in blocks.items():
-        assert block.weights[even[key]].sum() == pytest.approx(block.weights[plain[key]].sum(), abs=9)
+        assert block.weights[balanced[key]].sum() == pytest.approx(block.weights[plain[key]].sum(), abs=9)
 
 
 def test_cmi_magnitude_by_hand(net):
@@ -136,15 +137,15 @@ def test_cmi_magnitude_by_hand(net):
     scores["final.weight"][3, 4] = -1
     scores["final.weight"][0, 0] = 1e8
     scores["final.weight"][1, 3] = 1e4
-    pruned = masks.choose("cmi-magnitude", net, blocks, 0.75, [1.0], scores=scores)
-    assert np.argwhere(~pruned["final.weight"]).tolist() == [[0, 0], [1, 3], [3, 1], [3, 2], [3, 3]]
+    kept = masks.select_blocks(masks.rank("cmi-magnitude", net, blocks, scores), blocks, 0.75, [1.0])
+    assert np.argwhere(kept["final.weight"]).tolist() == [[0, 0], [1, 3], [3, 1], [3, 2], [3, 3]]
 
 
 @pytest.mark.parametrize(
     "choose",
     [
         lambda scores, weights: masks.select([scores], [weights], 0.5, [1]),
-        lambda scores, weights: masks.select_evenly(scores, weights, 0.5),
+        lambda scores, weights: masks.select_balanced(scores, weights, 0.5),
     ],
 )
 def test_nan_is_refused(choose):
@@ -169,23 +170,25 @@ def net():
     return Net()
 
 
-def held(net, share=0.7, criterion="magnitude", **options):
+def masked(net, sparsity=0.7, criterion="magnitude", scores=None, seed=0):
+    """Blocks, and the mask that a criterion makes; a control takes the layers' shares from the scores."""
     blocks = {
         "conv.weight": masks.contiguous_blocks(net, "conv.weight", 4, 3),
         "final.weight": masks.contiguous_blocks(net, "final.weight", 5, 1),
     }
-    chosen = masks.choose(criterion, net, blocks, share, [1, 1], **options)
-    return blocks, masks.build(chosen, blocks, net)
+    ranks, like = masks.rank(criterion, net, blocks, scores, seed), None if criterion == "cmi" else scores
+    kept = masks.select_blocks(ranks, blocks, sparsity, [1, 1], like=like)
+    return blocks, masks.Mask.of_blocks(kept, blocks, net)
 
 
 def test_last_layer_keeps_its_classes_as_groups(net):
-    blocks, _ = held(net)
+    blocks, _ = masked(net)
     assert blocks["final.weight"].weights.shape == (4, 5)
     assert blocks["conv.weight"].weights.sum() == 6 * 10 * 9
 
 
 def test_a_mask_covers_whole_blocks_with_every_tap(net):
-    blocks, mask = held(net)
+    blocks, mask = masked(net)
     groups = blocks["conv.weight"]
     for j in range(3):
         for i in range(4):
@@ -194,7 +197,7 @@ def test_a_mask_covers_whole_blocks_with_every_tap(net):
 
 
 def test_mean_magnitude_is_the_literal_mean(net):
-    blocks, _ = held(net)
+    blocks, _ = masked(net)
     groups = blocks["conv.weight"]
     weight = net.conv.weight.detach().numpy()
     expected = weight[groups.child_groups == 2][:, groups.parent_groups == 1]
@@ -215,9 +218,8 @@ def test_no_masked_weight_grows_back(net, optimizer):
         opt.step()
 
     step()
-    _, mask = held(net)
-    hold = masks.holder(net, mask)
-    opt.register_step_post_hook(lambda *_: hold())
+    _, mask = masked(net)
+    mask.hold(net, opt)
     for _ in range(5):
         step()
         for key, kept in mask.items():
@@ -231,7 +233,7 @@ def test_controls_prune_each_layer_as_the_scores_do(net, rng):
     scores = {"conv.weight": rng.normal(size=(3, 4)) + 1, "final.weight": rng.normal(size=(4, 5))}
     shares = {}
     for criterion in ("cmi", "random", "magnitude"):
-        _, mask = held(net, 0.5, criterion, scores=scores)
+        _, mask = masked(net, 0.5, criterion, scores=scores)
         shares[criterion] = {key: float(1 - m.float().mean()) for key, m in mask.items()}
     for criterion in ("random", "magnitude"):
         assert shares[criterion]["conv.weight"] == pytest.approx(shares["cmi"]["conv.weight"], abs=12 * 9 / 540)
@@ -239,18 +241,23 @@ def test_controls_prune_each_layer_as_the_scores_do(net, rng):
 
 
 def test_random_choice_depends_on_the_seed_alone(net):
-    first, again, other = (held(net, 0.5, "random", seed=s)[1] for s in (0, 0, 1))
+    first, again, other = (masked(net, 0.5, "random", seed=s)[1] for s in (0, 0, 1))
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not all(torch.equal(first[k], other[k]) for k in first)
 
 
-def test_measures_are_those_of_the_weights(net):
-    _, mask = held(net)
-    masks.holder(net, mask)()
-    measured = masks.measures(net, mask)
-    zeros = sum(int((~m).sum()) for m in mask.values())
-    assert measured["pruned_percent_masked_layers"] == pytest.approx(100 * zeros / (540 + 40))
-    assert measured["pruned_percent_network"] == measured["pruned_percent_masked_layers"]  # all weights are in them
+def test_sparsity_is_the_mask_s(net):
+    """Not that of weights that happen to be 0."""
+    _, mask = masked(net)
+    mask.apply(net)
+    with torch.no_grad():
+        net.conv.weight[mask["conv.weight"]] = 0
+    report = masks.sparsity_report(net, mask)
+    pruned = sum(int((~m).sum()) for m in mask.values())
+    assert report["pruned_percent_masked_layers"] == pytest.approx(100 * pruned / (540 + 40))
+    assert report["pruned_percent_network"] == report["pruned_percent_masked_layers"]  # all weights are in them
+    by_layer = {key: 100 * (~kept).float().mean().item() for key, kept in mask.items()}
+    assert report["pruned_percent_by_layer"] == pytest.approx(by_layer, rel=1e-5)
 
 
 def test_memory_is_the_papers():

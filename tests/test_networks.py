@@ -1,15 +1,14 @@
 """The convolutional networks: sizes, layer pairs, and that every layer's parent is the tensor it reads."""
 
-import argparse
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CONVOLUTIONAL, model_of
 
-from common import cli, masks
+from common import masks
 from common.errors import InputError
+from common.training import set_dropout
 
 WEIGHTS = {"vgg16": 14_977_728, "resnet56": 848_944, "resnet50": 25_502_912}
 MASKED = {"vgg16": 14_712_832, "resnet56": 785_664, "resnet50": 23_445_504}
@@ -46,7 +45,7 @@ def seen_by_layers(network, keys, images):
 def test_numbers_of_weights(built):
     name, model, network = built
     assert sum(p.numel() for p in network.parameters() if p.ndim > 1) == WEIGHTS[name]
-    assert sum(network.get_parameter(key).numel() for key in model.LIMITS) == MASKED[name]
+    assert sum(network.get_parameter(key).numel() for key in model.MAX_SPARSITY) == MASKED[name]
 
 
 def test_every_layer_but_the_first_is_a_child_once(built):
@@ -67,9 +66,9 @@ def test_a_mask_block_is_the_contribution_of_an_input_group(built, rng):
         layer, (read, returned) = network.get_submodule(child.removesuffix(".weight")), found[child]
         blocks = masks.contiguous_blocks(network, child, *groups)
         j, i = (rng.integers(max(labels) + 1) for labels in (blocks.child_groups, blocks.parent_groups))
-        pruned = np.zeros(blocks.weights.shape, bool)
-        pruned[j, i] = True
-        kept = masks.build({child: pruned}, {child: blocks}, network)[child]
+        kept_blocks = np.ones(blocks.weights.shape, bool)
+        kept_blocks[j, i] = False
+        kept = masks.Mask.of_blocks({child: kept_blocks}, {child: blocks}, network)[child]
         without = read.clone()
         without[:, torch.from_numpy(blocks.parent_groups == i)] = 0
         rows = torch.from_numpy(blocks.child_groups == j)
@@ -148,14 +147,13 @@ def test_parents_are_what_the_children_read(built):
 
 def test_the_largest_default_share_is_within_the_limits(built, rng):
     _, model, network = built
-    sizes = [masks.contiguous_blocks(network, child, *model.GROUPS[child]).weights for child in model.LIMITS]
+    sizes = [masks.contiguous_blocks(network, child, *model.GROUPS[child]).weights for child in model.MAX_SPARSITY]
     share = model.RETRAINING["upper_prune_per"]
-    pruned = masks.select([rng.random(size.shape) for size in sizes], sizes, share, list(model.LIMITS.values()))
+    kept = masks.select([rng.random(size.shape) for size in sizes], sizes, share, list(model.MAX_SPARSITY.values()))
     total = sum(size.sum() for size in sizes)
-    assert sum(size[p].sum() for size, p in zip(sizes, pruned, strict=True)) / total == pytest.approx(share, abs=1e-3)
+    assert sum(size[~k].sum() for size, k in zip(sizes, kept, strict=True)) / total == pytest.approx(share, abs=1e-3)
 
 
 def test_dropout_where_there_is_none_is_refused():
-    args = argparse.Namespace(Dropout=0.1, Model="resnet56")
-    with pytest.raises(InputError, match="resnet56 has no dropout layers"):
-        cli.set_dropout(args, model_of("resnet56").build(10))
+    with pytest.raises(InputError, match=r"`dropout` 0\.1: this network has no dropout layers"):
+        set_dropout(model_of("resnet56").build(10), 0.1)

@@ -9,7 +9,7 @@ from sklearn.linear_model import LinearRegression
 from torch import nn
 
 from common import masks, refit
-from common.activations import relevance
+from common.activations import output_sensitivity
 from common.data import Split
 
 
@@ -26,7 +26,7 @@ def network(split):
         nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, stride=2),
         nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)
     )  # fmt: skip
-    refit.reestimate(net, split)
+    refit.recalibrate_batch_norm(net, split)
     return net.eval()
 
 
@@ -34,46 +34,46 @@ KEYS = ("3.weight", "7.weight", "9.weight")
 
 
 def pruned(network, share=0.5, keys=KEYS):
-    """A copy with random masks applied, and the masks."""
+    """A copy with a random mask applied, and the mask."""
     generator, copied = torch.Generator().manual_seed(2), copy.deepcopy(network)
-    held = {}
+    mask = masks.Mask()
     for key in keys:
         weight = network.get_parameter(key)
         kept = torch.rand(weight.shape[:2], generator=generator) >= share
-        held[key] = kept.reshape(kept.shape + (1,) * (weight.ndim - 2)).expand_as(weight).contiguous()
-    masks.holder(copied, held)()
-    return copied, held
+        mask[key] = kept.reshape(kept.shape + (1,) * (weight.ndim - 2)).expand_as(weight).contiguous()
+    mask.apply(copied)
+    return copied, mask
 
 
 def test_nothing_masked_changes_nothing(network, split, monkeypatch):
     monkeypatch.setattr(refit, "RIDGE", 1e-9)
-    copied, held = pruned(network, share=0.0)
-    refit.refit(copied, network, held, split)
+    copied, mask = pruned(network, share=0.0)
+    refit.refit(copied, network, mask, split)
     for key, value in network.state_dict().items():
         torch.testing.assert_close(copied.state_dict()[key], value, rtol=1e-3, atol=1e-3)
 
 
 def test_masks_stay_zero_and_outputs_come_closer(network, split):
     images = split.images.float() / 255
-    copied, held = pruned(network)
+    copied, mask = pruned(network)
     with torch.no_grad():
         wanted, before = network(images), copied(images)
-        refit.refit(copied, network, held, split)
+        refit.refit(copied, network, mask, split)
         after = copied(images)
-    for key, mask in held.items():
-        assert (copied.get_parameter(key)[~mask] == 0).all()
+    for key, kept in mask.items():
+        assert (copied.get_parameter(key)[~kept] == 0).all()
     assert (after - wanted).square().mean() < 0.8 * (before - wanted).square().mean()
 
 
 def test_a_linear_layer_is_ordinary_least_squares(network, split, monkeypatch):
     monkeypatch.setattr(refit, "RIDGE", 0.0)
-    copied, held = pruned(network, keys=("7.weight",))
-    refit.refit(copied, network, held, split)
+    copied, mask = pruned(network, keys=("7.weight",))
+    refit.refit(copied, network, mask, split)
     with torch.no_grad():
         read = network[:7](split.images.float() / 255).double().numpy()
         wanted = network[:8](split.images.float() / 255).double().numpy()
     for unit in range(8):
-        kept = held["7.weight"][unit].numpy()
+        kept = mask["7.weight"][unit].numpy()
         model = LinearRegression().fit(read[:, kept], wanted[:, unit])
         assert copied[7].weight[unit].detach().numpy()[kept] == pytest.approx(model.coef_, rel=1e-3, abs=1e-4)
         assert copied[7].bias[unit].item() == pytest.approx(model.intercept_, rel=1e-3, abs=1e-3)
@@ -81,11 +81,11 @@ def test_a_linear_layer_is_ordinary_least_squares(network, split, monkeypatch):
 
 def test_a_convolution_is_least_squares_on_patches(network, split, monkeypatch):
     monkeypatch.setattr(refit, "RIDGE", 0.0)
-    copied, held = pruned(network, keys=("3.weight",))
-    refit.refit(copied, network, held, split)
+    copied, mask = pruned(network, keys=("3.weight",))
+    refit.refit(copied, network, mask, split)
     with torch.no_grad():
         read, wanted = (network[:k](split.images.float() / 255).double() for k in (3, 4))
-    kept = held["3.weight"][1, :, 0, 0]
+    kept = mask["3.weight"][1, :, 0, 0]
     patches = torch.stack([read[:, kept, r : r + 3, c : c + 3] for r in (0, 2) for c in (0, 2)], 1).flatten(0, 1)
     ones = torch.ones(len(patches), 1, dtype=torch.float64)
     target = wanted[:, 1].flatten(1).flatten()
@@ -113,17 +113,17 @@ def test_relevance_is_what_reaches_the_outputs(split):
         hidden = net[:2](split.images.float() / 255).double()
         outputs = net[2](hidden.float()).double()
         expected = (hidden.var(0) * net[2].weight.double().square().sum(0) / outputs.var(0).sum()).numpy()
-    found = relevance(net, ["1.weight", "2.weight"], split)
+    found = output_sensitivity(net, ["1.weight", "2.weight"], split)
     assert found["1.weight"] == pytest.approx(expected, rel=0.1)
     assert found["1.weight"][2] == 0
     assert found["2.weight"] == pytest.approx((outputs.var(0) / outputs.var(0).sum()).numpy(), rel=0.1)
-    assert np.array_equal(found["1.weight"], relevance(net, ["1.weight"], split)["1.weight"])
+    assert np.array_equal(found["1.weight"], output_sensitivity(net, ["1.weight"], split)["1.weight"])
 
 
 def test_relevance_of_maps_is_that_of_their_means(network, split):
-    found = relevance(network, ["0.weight", "3.weight"], split)
+    found = output_sensitivity(network, ["0.weight", "3.weight"], split)
     assert found["0.weight"].shape == (6,)
     assert (found["3.weight"] >= 0).all()
     with torch.no_grad():
         network[3].bias[0] = -100  # a channel that ReLU never lets through
-    assert relevance(network, ["3.weight"], split)["3.weight"][0] == 0
+    assert output_sensitivity(network, ["3.weight"], split)["3.weight"][0] == 0

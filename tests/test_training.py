@@ -1,20 +1,14 @@
 """Training, evaluation and activations on a small problem."""
 
-import io
-import math
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
 
-from common import artifacts, parallel
-from common.activations import paired
+from common import parallel
+from common.activations import collect_activations
 from common.data import Split
-from common.errors import Diverged
-from common.training import Recipe, evaluate, fit
-
-RECIPE = Recipe(epochs=4, batch_size=20, lr=0.1, milestones=(2, 3), gamma=0.1, weight_decay=1e-4)
+from common.errors import InputError
+from common.training import evaluate, make_optimizer, make_schedule, set_dropout, train_epoch
 
 
 @pytest.fixture
@@ -30,61 +24,83 @@ def network(seed=0):
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))
 
 
-def weights(net):
-    return torch.cat([p.detach().flatten() for p in net.parameters()])
+def train(net, split, *, name="steps", epochs=4, batch_size=20, label_smoothing=0.0, **options):
+    """Train; returns the last epoch's metrics and the rate at the beginning of every epoch."""
+    optimizer, rates = make_optimizer("sgd", net.parameters(), 0.1, 1e-4, True), []
+    schedule = make_schedule(optimizer, name, epochs, split.steps(batch_size), [2, 3], 0.1, 0.3)
+    loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing, reduction="sum")
+    for epoch in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        torch.manual_seed(epoch)
+        metrics = train_epoch(net, optimizer, schedule, split.shuffled(batch_size, epoch), loss, **options)
+    return metrics, rates
 
 
-def test_training_learns_and_logs_the_schedule(split):
-    net, lines = network(), []
-    best, state = fit(net, split, split, RECIPE, seed=1, on_epoch=lines.append)
-    assert [line["lr"] for line in lines] == pytest.approx([0.1, 0.1, 0.01, 0.001])
-    assert best["val_accuracy"] > 95
-    net.load_state_dict(state)
-    assert evaluate(net, split).accuracy == best["val_accuracy"]
-
-
-def test_the_seed_fixes_everything(split):
-    runs = []
-    for seed in (1, 1, 2):
-        net = network()
-        fit(net, split, split, RECIPE, seed=seed)
-        runs.append(weights(net))
-    assert torch.equal(runs[0], runs[1])
-    assert not torch.equal(runs[0], runs[2])
-
-
-@pytest.mark.parametrize(("tolerance", "kept"), [(0.0, 3), (1.0, 4)])
-def test_one_standard_error_rule(monkeypatch, split, tolerance, kept):
-    """80 % of 100 images has a standard error of 4 %: epoch 4 (77 %) is as good as epoch 3, epochs 1 and 2 are not."""
-    accuracies = iter([50.0, 60.0, 80.0, 77.0])
-    score = type("Score", (), {"loss": 1.0})
-    monkeypatch.setattr("common.training.evaluate", lambda *_: type("S", (score,), {"accuracy": next(accuracies)})())
-    best, _ = fit(network(), split, split, RECIPE, seed=0, tolerance=tolerance)
-    assert best["epoch"] == kept
-
-
-def test_without_validation_the_last_epoch_is_kept(split):
+def test_training_learns(split):
     net = network()
-    best, state = fit(net, split, None, RECIPE, seed=0)
-    assert best["epoch"] == RECIPE.epochs
-    assert "val_accuracy" not in best
-    assert torch.equal(weights(net), torch.cat([p.flatten() for p in state.values()]))
+    metrics, rates = train(net, split)
+    assert evaluate(net, split).accuracy > 95
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    assert metrics.accuracy > 80
+
+
+def test_figures_of_an_epoch_are_of_every_image_as_it_was_trained_on(split):
+    """With a rate of 0: those of the network as it is, in training mode; the loss is the one that is trained on."""
+    net = network().train()
+    net[3].p = 0.0
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    schedule = make_schedule(optimizer, "cosine", 1, 5, [], 1, 0)
+    for smoothing in (0.0, 0.2):
+        loss = nn.CrossEntropyLoss(label_smoothing=smoothing, reduction="sum")
+        metrics = train_epoch(net, optimizer, schedule, split.shuffled(20, 0), loss)
+        logits = net(split.images.float() / 255)
+        expected = nn.functional.cross_entropy(logits, split.labels, label_smoothing=smoothing).item()
+        assert metrics.loss == pytest.approx(expected, rel=1e-5)
+        assert metrics.accuracy == pytest.approx(100 * (logits.argmax(1) == split.labels).float().mean().item())
+
+
+@pytest.mark.parametrize("name", ["steps", "cosine", "one-cycle"])
+def test_schedules_by_their_formulas(name):
+    """10 epochs of 7 batches from .1: the rate of every batch."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1, momentum=0.9)
+    schedule = make_schedule(optimizer, name, 10, 7, [4, 8], 0.1, 0.3)
+    rates = []
+    for _ in range(70):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    steps, pi = torch.arange(70.0), torch.pi
+    expected = {
+        "steps": 0.1 * 0.1 ** ((steps >= 28).float() + (steps >= 56).float()),
+        "cosine": 0.05 * (1 + torch.cos(pi * steps / 70)),
+        "one-cycle": torch.where(
+            steps <= 20,
+            0.004 + 0.048 * (1 - torch.cos(pi * steps / 20)),
+            4e-7 + (0.1 - 4e-7) / 2 * (1 + torch.cos(pi * (steps - 20) / 49)),
+        ),
+    }[name]
+    assert rates == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-7)
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("warm_up", [0, 0.1, 0.3, 1])
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_every_warm_up_gives_rates(warm_up, steps):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)
+    schedule = make_schedule(optimizer, "one-cycle", 1, steps, [], 1, warm_up)
+    for _ in range(steps):
+        assert 0 <= optimizer.param_groups[0]["lr"] <= 0.1
+        optimizer.step()
+        schedule.step()
 
 
 def test_evaluate_is_accuracy_and_cross_entropy(split):
     net = network()
     logits = net.eval()(split.images.float() / 255)
-    score = evaluate(net, split, batch_size=33)
-    assert score.accuracy == pytest.approx(100 * (logits.argmax(1) == split.labels).float().mean().item())
-    assert score.loss == pytest.approx(nn.functional.cross_entropy(logits, split.labels).item(), rel=1e-5)
-
-
-def test_divergence_stops_after_the_last_good_epoch(split):
-    kept = []
-    recipe = Recipe(epochs=9, batch_size=20, lr=1e30, milestones=(), gamma=1, weight_decay=0)
-    with pytest.raises(Diverged, match="not finite after epoch 1; lower --Lr"):
-        fit(network(), split, split, recipe, seed=0, on_best=lambda figures, _: kept.append(figures))
-    assert all(math.isfinite(figures["train_loss"]) for figures in kept)
+    metrics = evaluate(net, split, batch_size=33)
+    assert metrics.accuracy == pytest.approx(100 * (logits.argmax(1) == split.labels).float().mean().item())
+    assert metrics.loss == pytest.approx(nn.functional.cross_entropy(logits, split.labels).item(), rel=1e-5)
+    assert evaluate(net, None) is None
 
 
 def test_activations_are_paired_pooled_and_of_evaluation_mode(split):
@@ -93,7 +109,7 @@ def test_activations_are_paired_pooled_and_of_evaluation_mode(split):
         nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 5, 2), nn.Flatten(), nn.Linear(5, 2)
     )
     net.train()(torch.rand(50, 1, 4, 4))
-    found = paired(net, ["3.weight", "5.weight"], split, batch_size=30)
+    found = collect_activations(net, ["3.weight", "5.weight"], split, batch_size=30)
     net.eval()
     with torch.no_grad():
         read = net[:3](split.images.float() / 255)
@@ -103,41 +119,28 @@ def test_activations_are_paired_pooled_and_of_evaluation_mode(split):
     assert found["5.weight"][1].shape == (100, 2)
 
 
-def test_going_on_from_a_saved_state_gives_the_same_bits(split):
-    """Weights, running statistics and figures; the state went through a file."""
-
-    def convolutional():
-        torch.manual_seed(0)
-        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(16, 2)]
-        return nn.Sequential(*layers).to(memory_format=torch.channels_last)
-
-    split, states = replace(split, augment=True), []
-    whole, resumed = convolutional(), convolutional()
-
-    def on_state(state):
-        states.append(torch.load(io.BytesIO(artifacts.checkpoint_bytes(state())), weights_only=True))
-
-    best, state = fit(whole, split, split, RECIPE, seed=1, on_state=on_state)
-    found, found_state = fit(resumed, split, split, RECIPE, seed=1, start=states[1])
-    assert [s["epoch"] for s in states] == [1, 2, 3, 4]
-    assert {k: v for k, v in best.items() if k != "seconds"} == {k: v for k, v in found.items() if k != "seconds"}
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[key])
-        assert torch.equal(state[key], found_state[key])
-
-
 def test_bfloat16_keeps_weights_in_single_precision(split):
     net = network()
-    best, _ = fit(net, split, split, replace(RECIPE, amp=True), seed=1)
-    assert best["val_accuracy"] > 95
-    assert weights(net).dtype == torch.float32
+    train(net, split, amp=True)
+    assert evaluate(net, split).accuracy > 95
+    assert all(p.dtype == torch.float32 for p in net.parameters())
 
 
-def test_compiled_training_goes_through_torch_compile(split, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
-    fit(network(), split, split, replace(RECIPE, compile=True), seed=1)
-    assert len(compiled) == 1
+def test_compiled_training_trains_the_network_itself(split):
+    """Through torch.compile's own machinery, with a backend that needs no compiler."""
+    net, alike, seen = network(), network(), []
+
+    def backend(graph, _):
+        seen.append(graph)
+        return graph.forward
+
+    compiled = parallel.wrap(net, compile=True, backend=backend)
+    train(compiled, split)
+    train(alike, split)
+    assert seen
+    assert "_orig_mod.1.weight" not in net.state_dict()
+    for key, value in alike.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[key], value)
 
 
 def test_top_5():
@@ -145,19 +148,48 @@ def test_top_5():
     labels = torch.tensor([0, 1, 2, 7, 3, 4, 0, 5])
     net = nn.Sequential(nn.Flatten(), nn.Linear(1, 8, bias=False))
     net.forward = lambda images: logits
-    score = evaluate(net, Split(torch.zeros(8, 1, 1, 1, dtype=torch.uint8), labels))
-    assert score.accuracy == 100 * 3 / 8
-    assert score.top5 == 100 * 7 / 8  # all but the seventh, whose five are 6, 7, 5, 4, 3
+    metrics = evaluate(net, Split(torch.zeros(8, 1, 1, 1, dtype=torch.uint8), labels))
+    assert metrics.accuracy == 100 * 3 / 8
+    assert metrics.top5 == 100 * 7 / 8  # all but the seventh, whose five are 6, 7, 5, 4, 3
 
 
-def test_processes_that_differ_are_refused(monkeypatch):
+def test_dropout_rates_are_set_or_left():
+    assert set_dropout(network(), 0.5)[3].p == 0.5
+    assert set_dropout(network(), 0.0)[3].p == 0.0
+    assert set_dropout(network(), None)[3].p == 0.2
+
+
+def test_a_batch_size_without_a_batch_is_refused():
+    split = Split(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(InputError, match="`batch_size` 8: no batch of 1 images"):
+        split.steps(8)
+    assert [Split(split.images.expand(n, 1, 2, 2), torch.zeros(n)).steps(8) for n in (2, 8, 9, 10, 16)] == [
+        1,
+        1,
+        1,
+        2,
+        2,
+    ]
+
+
+@pytest.mark.parametrize("difference", ["a value", "a shape", "a name"])
+def test_processes_that_differ_are_refused(monkeypatch, difference):
+    """Two processes with masks of their own, in turn: each sees the other's hash."""
+    mine = {"fc2.weight": torch.tensor([True, False])}
+    other = {
+        "a value": {"fc2.weight": torch.tensor([True, True])},
+        "a shape": {"fc2.weight": torch.tensor([True, False, False])},
+        "a name": {"fc3.weight": torch.tensor([True, False])},
+    }[difference]
     monkeypatch.setattr(parallel, "size", lambda: 2)
-    others = []
-    monkeypatch.setattr(
-        parallel.dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own, *others])
-    )
-    mask = {"fc2.weight": torch.tensor([True, False])}
-    parallel.check_same(mask)
-    others.append("another hash")
-    with pytest.raises(RuntimeError, match=r"processes differ in fc2.weight"):
-        parallel.check_same(mask)
+    hashes = []
+
+    def gather(found, own):
+        hashes.append(own)
+        found[:] = [own, hashes[0]]
+
+    monkeypatch.setattr(parallel.dist, "all_gather_object", gather)
+    parallel.assert_in_sync(mine)
+    parallel.assert_in_sync({"fc2.weight": torch.tensor([True, False])})
+    with pytest.raises(RuntimeError, match="processes differ in fc"):
+        parallel.assert_in_sync(other)

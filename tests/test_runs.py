@@ -1,0 +1,305 @@
+"""A training run: what it keeps, where it goes on, what makes it the same run."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from common import records, runs
+from common.data import Data, Split
+from common.errors import Diverged, InputError
+from common.masks import Mask
+from common.training import Metrics, evaluate, make_optimizer, make_schedule, train_epoch
+
+IDENTITY = {"arguments": {"Lr": 0.1}, "inputs": {}, "code": {"model.py": "a", "train_stage1.py": "b"}, "common": "c"}
+
+
+@pytest.fixture
+def data():
+    """Bright and dark images: separable."""
+    torch.manual_seed(0)
+    labels = torch.arange(100) % 2
+    split = Split((torch.randint(0, 100, (100, 1, 4, 4)) + 150 * labels[:, None, None, None]).to(torch.uint8), labels)
+    return Data("BRIGHT", split, split, split, 2, None, "00", selection=split)
+
+
+def convolutional():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(16, 2)]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def begin(folder, data, record=IDENTITY, **options):
+    options = {"seed": 1, "select": "val", "resume": True, **options}
+    return runs.start(folder / "logits_best.pkl", {"stage": 1, "data": data.describe(), **record}, data, **options)
+
+
+def train(run, data, epochs=4, lr=0.1, stop=None, mask=None):
+    """What a stage script does; killed before the end of epoch `stop`."""
+    network = run.place(convolutional())
+    optimizer = make_optimizer("sgd", network.parameters(), lr, 1e-4, True)
+    if mask is not None:
+        mask.apply(network)
+        mask.hold(network, optimizer)
+    schedule = make_schedule(optimizer, "one-cycle", epochs, data.train.steps(20), [], 0.1, 0.3)
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    run.remember("test_at_first", network)
+    for epoch in run.epochs(epochs, network, optimizer, schedule):
+        run.next_save = 0.0  # note every epoch
+        metrics = train_epoch(network, optimizer, schedule, data.train.shuffled(20, run.seed_of(epoch)), loss)
+        if epoch == stop:
+            raise KeyboardInterrupt
+        run.log(metrics, evaluate(network, data.selection))
+        if epoch == 1:
+            run.remember("test_after_1_epoch", network)
+    return run.finish(network, data.test, last="logits_final.pkl")
+
+
+def whole(folder, data, **options):
+    with begin(folder, data, **options) as run:
+        return train(run, data)
+
+
+def killed(folder, data, stop=3, **options):
+    with pytest.raises(KeyboardInterrupt), begin(folder, data, **options) as run:
+        train(run, data, stop=stop)
+
+
+def test_a_run_learns_and_its_record_holds_every_epoch(tmp_path, data, capsys):
+    record = whole(tmp_path, data)
+    written = records.read(tmp_path / "logits_best.json")
+    assert record == {k: v for k, v in written.items() if k != "files"}
+    assert [line["epoch"] for line in record["epochs"]] == [1, 2, 3, 4]
+    assert record["test"]["accuracy"] > 90
+    assert record["test_at_first"] != record["test_after_1_epoch"] != record["test"]
+    assert not list(tmp_path.glob("*.state"))
+    assert not list(tmp_path.glob(".*"))
+    titles, *rows, last = capsys.readouterr().out.splitlines()[1:]
+    assert titles.split() == "epoch lr train_loss train_accuracy val_loss val_accuracy seconds".split()
+    assert {len(row) for row in (titles, *rows)} == {len(titles)}
+    assert [int(row.split()[0]) for row in rows] == [1, 2, 3, 4]
+    assert "logits_best.pkl: test accuracy " in last
+
+
+def test_the_seed_fixes_everything(tmp_path, data):
+    """First weights, order and dropout; the second is the same bytes, the third has another seed."""
+    files = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        with begin(tmp_path / name, data, seed=seed) as run:
+            first = torch.rand(3)
+            train(run, data)
+        files.append((first, (tmp_path / name / "logits_best.pkl").read_bytes()))
+    assert torch.equal(files[0][0], files[1][0])
+    assert files[0][1] == files[1][1]
+    assert not torch.equal(files[0][0], files[2][0])
+    assert files[0][1] != files[2][1]
+
+
+def test_a_finished_run_is_said_and_passed(tmp_path, data, capsys):
+    whole(tmp_path, data)
+    with begin(tmp_path, data) as run:
+        assert run.finished
+    assert "is complete already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+@pytest.mark.parametrize("select", ["val", "last"])
+def test_going_on_gives_the_same_bytes(tmp_path, data, stop, select):
+    """Weights, running statistics, momentum, schedule and figures."""
+    if select == "last":
+        data = Data("BRIGHT", data.train, data.val, data.test, 2, None, "00")
+    found = whole(tmp_path / "whole", data, select=select)
+    killed(tmp_path / "killed", data, stop=stop, select=select)
+    with begin(tmp_path / "killed", data, select=select) as run:
+        assert not run.finished
+        again = train(run, data)
+    for name in ("logits_best.pkl", "logits_final.pkl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+    def measured(record):
+        epochs = [{k: v for k, v in line.items() if k != "seconds"} for line in record["epochs"]]
+        return epochs, [record[k] for k in ("test", "test_at_first", "test_after_1_epoch")], record["best"]["epoch"]
+
+    assert measured(found) == measured(again)
+
+
+def test_without_resuming_it_starts_over(tmp_path, data, capsys):
+    killed(tmp_path, data)
+    capsys.readouterr()
+    with begin(tmp_path, data, resume=False) as run:
+        train(run, data)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.strip()[:1].isdigit()]
+    assert len(rows) == 4
+
+
+CHANGES = {
+    "arguments": ({"arguments": {"Lr": 0.2}}, r"`Lr` 0\.1 \(now 0\.2\)"),
+    "inputs": ({"inputs": {"a.pkl": "11"}}, r"another a\.pkl"),
+    "edited model": ({"code": {"model.py": "x", "train_stage1.py": "b"}}, r"other code in model\.py"),
+    "edited script": ({"code": {"model.py": "a", "train_stage1.py": "x"}}, r"other code in train_stage1\.py"),
+    "other images": ({"data": {"name": "BRIGHT", "sha256": "11", "train": 100, "val": 100}}, "other data: sha256"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_run_is_refused_and_nothing_is_overwritten(tmp_path, data, change, finished):
+    (whole if finished else killed)(tmp_path, data)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    entries, message = CHANGES[change]
+    with (
+        pytest.raises(InputError, match=f"logits_best.pkl is of a run with {message}.*; name another `save_dir`, or"),
+        begin(tmp_path, data, IDENTITY | entries),
+    ):
+        pass
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_state_of_another_run_is_refused_too(tmp_path, data):
+    """Also where its record is gone."""
+    killed(tmp_path, data)
+    for name in ("logits_best.json", "logits_best.pkl"):
+        (tmp_path / name).unlink()
+    with (
+        pytest.raises(InputError, match=r"logits_best.state is of a run with `Lr` 0\.1 \(now 0\.2\)"),
+        begin(tmp_path, data, IDENTITY | {"arguments": {"Lr": 0.2}}) as run,
+    ):
+        train(run, data)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_code_in_common_is_said_and_taken(tmp_path, data, finished, capsys):
+    (whole if finished else killed)(tmp_path, data)
+    capsys.readouterr()
+    with begin(tmp_path, data, IDENTITY | {"common": "x"}) as run:
+        assert run.finished == finished
+        if not finished:
+            train(run, data)
+    assert "with other code in common/; it is taken as it is" in capsys.readouterr().out
+
+
+def test_what_an_older_record_does_not_know_is_not_different(tmp_path, data):
+    record = whole(tmp_path, data)
+    older = {k: v for k, v in record.items() if k not in ("code", "common", "processes")}
+    records.write(tmp_path / "logits_best.json", older)
+    with begin(tmp_path, data) as run:
+        assert run.finished
+
+
+@pytest.mark.parametrize(("select", "kept"), [("test", 3), ("val", 4)])
+def test_one_standard_error_rule(tmp_path, data, select, kept):
+    """80 % of 100 images has a standard error of 4 %: epoch 4 (77 %) is as good as epoch 3, epochs 1 and 2 are not."""
+    network = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with begin(tmp_path, data, select=select) as run:
+        accuracies = dict(enumerate((50.0, 60.0, 80.0, 77.0), 1))
+        for epoch in run.epochs(4, network, optimizer, schedule):
+            run.log(Metrics(50.0, 1.0), Metrics(accuracies[epoch], 1.0))
+        assert run.kept["epoch"] == kept
+
+
+def test_without_selection_the_last_epoch_is_kept(tmp_path, data):
+    data = Data("BRIGHT", data.train, data.val, data.test, 2, None, "00")
+    record = whole(tmp_path, data, select="last")
+    assert record["best"]["epoch"] == 4
+    assert "val_accuracy" not in record["best"]
+    best, last = (torch.load(tmp_path / f"logits_{name}.pkl", weights_only=True) for name in ("best", "final"))
+    assert all(torch.equal(v, last["state_dict"][k]) for k, v in best["state_dict"].items())
+
+
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path, data):
+    with (
+        pytest.raises(Diverged, match=r"not finite after epoch 1; lower `lr`.*Nothing kept"),
+        begin(tmp_path, data) as run,
+    ):
+        train(run, data, lr=1e30)
+    assert not list(tmp_path.iterdir())
+    losses = iter((1.0, math.nan))
+
+    def go(run):
+        for _ in run.epochs(3, *parts()):
+            run.log(Metrics(50.0, next(losses)), Metrics(50.0, 1.0))
+
+    with pytest.raises(Diverged, match=r"not finite after epoch 2.*of epoch 1, is kept"), begin(tmp_path, data) as run:
+        go(run)
+    assert records.read(tmp_path / "logits_best.json")["status"] == "diverged"
+    assert (tmp_path / "logits_best.pkl").is_file()
+
+
+def parts():
+    network = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    return network, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+
+def test_no_epochs_write_the_network_as_it_is(tmp_path, data):
+    network, *others = convolutional(), *parts()[1:]
+    wanted = evaluate(network, data.test)
+    with begin(tmp_path, data) as run:
+        assert list(run.epochs(0, network, *others)) == []
+        record = run.finish(network, data.test, last="logits_final.pkl")
+    assert record["test"]["accuracy"] == wanted.accuracy
+    assert not (tmp_path / "logits_final.pkl").exists()
+
+
+def test_an_epoch_that_is_not_logged_is_a_mistake(tmp_path, data):
+    with pytest.raises(RuntimeError, match=r"call run.log\(...\) in the loop"), begin(tmp_path, data) as run:
+        list(run.epochs(2, *parts()))
+
+
+def test_further_figures_have_a_column_and_are_recorded(tmp_path, data, capsys):
+    with begin(tmp_path, data) as run:
+        for _ in run.epochs(1, *parts()):
+            run.log(Metrics(50.0, 1.0), Metrics(50.0, 1.0), kept_percent=12.5)
+        assert run.lines[0]["kept_percent"] == 12.5
+    titles, row = capsys.readouterr().out.splitlines()[1:3]
+    assert "kept_percent" in titles
+    assert "12.5" in row
+
+
+def test_a_mask_is_in_the_checkpoint_and_its_weights_are_zero(tmp_path, data):
+    mask = Mask({"0.weight": torch.zeros(4, 1, 3, 3, dtype=torch.bool)})
+    mask["0.weight"][:2] = True
+    with begin(tmp_path, data, IDENTITY | {"requested_percent": 50.0}, mask=mask) as run:
+        record = train(run, data, mask=mask)
+    saved = torch.load(tmp_path / "logits_best.pkl", weights_only=True)
+    assert torch.equal(saved["masks"]["0.weight"], mask["0.weight"])
+    assert (saved["state_dict"]["0.weight"][2:] == 0).all()
+    assert record["pruned_percent_masked_layers"] == 50
+
+
+class TestCode:
+    """What counts as an edit."""
+
+    @pytest.fixture
+    def script(self, tmp_path):
+        (tmp_path / "script.py").write_text(
+            '"""Doc."""\nRATE = 0.2  # why\n\n\ndef f(x):\n    """Doc."""\n    return x\n'
+        )
+        return tmp_path / "script.py"
+
+    @pytest.mark.parametrize(
+        ("old", "new", "same"),
+        [
+            ("# why", "# because", True),
+            ("RATE = 0.2", "RATE = (\n    0.2\n)", True),
+            ('"""Doc."""', '"""Another."""', True),
+            ("\n", "\r\n", True),
+            ("0.2", "0.5", False),
+            ("return x", "return -x", False),
+        ],
+    )
+    def test_comments_and_layout_do_not_count(self, script, tmp_path, old, new, same):
+        other = tmp_path / "other.py"
+        other.write_bytes(script.read_text().replace(old, new).encode())
+        assert (records.syntax_hash(script) == records.syntax_hash(other)) == same
+
+    def test_all_that_was_imported_from_the_folder_counts(self, script, tmp_path, monkeypatch):
+        helper = tmp_path / "helper.py"
+        helper.write_text("X = 1\n")
+        assert set(records.code_of(script)["code"]) == {"script.py"}
+        monkeypatch.setitem(__import__("sys").modules, "helper", SimpleNamespace(__file__=str(helper)))
+        assert set(records.code_of(script)["code"]) == {"script.py", "helper.py"}
