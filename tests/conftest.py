@@ -2,6 +2,7 @@ import importlib.util
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,14 @@ def shell(folder, script, *flags, code=0):
     done = subprocess.run(command, cwd=ROOT / folder, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def editable(repository, name):
+    """A copy of a network's folder, beside the common/ of this repository."""
+    repository.mkdir()
+    (repository / "common").symlink_to(ROOT / "common")
+    shutil.copytree(ROOT / name, repository / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return repository / name
 
 
 def record(path):

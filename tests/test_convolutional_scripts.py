@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONVOLUTIONAL, ENVIRONMENT, ROOT, model_of, record, shell
+from conftest import CONVOLUTIONAL, ENVIRONMENT, ROOT, editable, model_of, record, shell
 
 SMALL = {"cifar10": "--Dims 2 --Batch_size 16", "imagenet": "--Dims 2 --Batch_size 4 --Workers 2"}
 TREE = {"vgg16": "cifar10", "resnet56": "cifar10", "resnet50": "imagenet"}
@@ -94,7 +94,11 @@ def test_given_weights_are_evaluated_and_written(photographs, tmp_path, call_in)
         ("resnet56", "--Dims 10", "--Dims 10: CIFAR10 has 2 classes"),
         ("resnet56", "--Dataset ImageNet --Data_dir nowhere", "must hold one folder of images per class"),
         ("vgg16", "--Weights none.pkl", "none.pkl does not exist"),
-        ("vgg16", "--Dropout 0.1 --Data_dir nowhere", "--Dropout 0.1: vgg16 has no dropout layers; leave the flag out"),
+        (
+            "vgg16",
+            "--Dropout 0.1 --Data_dir nowhere",
+            "--Dropout 0.1: this network has no dropout layers; leave it out",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(photographs, tmp_path, call_in, name, flags, message):
@@ -135,20 +139,15 @@ def torchrun(folder, *flags):
 
 def test_two_processes_train_as_one_does(tmp_path):
     """All three stages' figures and weights agree to rounding, for a network without randomness of its own."""
-    copy = tmp_path / "repository"
-    copy.mkdir()
-    for name in ("common", "requirements.txt"):
-        (copy / name).symlink_to(ROOT / name)
-    (copy / "net").mkdir()
-    for path in (ROOT / "mlp").glob("*.py"):
-        (copy / "net" / path.name).write_text(path.read_text().replace("Dropout(0.2)", "Dropout(0.0)"))
+    net = editable(tmp_path / "repository", "mlp")
+    (net / "model.py").write_text((net / "model.py").read_text().replace("Dropout(0.2)", "Dropout(0.0)"))
     train = "--Dataset DIGITS --Val_size 200 --Epoch 3 --Batch_size 64 --Milestones 2 --Lr 0.02".split()
     plain = "--Criterion magnitude --Prune_per 0.8 --no-Even --no-Refit".split()
     prune = [*train, *plain, "--Retrain", tmp_path / "1/0/logits_best.pkl"]
-    shell(copy / "net", "train_stage1.py", *train, "--Save_dir", tmp_path / "1")
-    shell(copy / "net", "retrain_stage3.py", *prune, "--Save_dir", tmp_path / "3")
-    torchrun(copy / "net", "train_stage1.py", *train, "--Save_dir", tmp_path / "2")
-    torchrun(copy / "net", "retrain_stage3.py", *prune, "--Save_dir", tmp_path / "4")
+    shell(net, "train_stage1.py", *train, "--Save_dir", tmp_path / "1")
+    shell(net, "retrain_stage3.py", *prune, "--Save_dir", tmp_path / "3")
+    torchrun(net, "train_stage1.py", *train, "--Save_dir", tmp_path / "2")
+    torchrun(net, "retrain_stage3.py", *prune, "--Save_dir", tmp_path / "4")
     for one, two, file in (("1", "2", "logits_final.pkl"), ("3", "4", "logits_80.00.pkl")):
         paths = [tmp_path / folder / "0" / file for folder in (one, two)]
         first, second = (torch.load(path, weights_only=True)["state_dict"] for path in paths)

@@ -1,8 +1,8 @@
 """The three scripts as a user calls them: from inside the model's folder, by flags alone, on the digits."""
 
-import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +13,9 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, record
+from conftest import ENVIRONMENT, ROOT, editable, record
 
-from common import artifacts
+from common import artifacts, records
 from common.cmi import ESTIMATORS
 
 STAGE1, STAGE2, STAGE3 = "train_stage1.py", "pruning_1b.py", "retrain_stage3.py"
@@ -49,6 +49,15 @@ def prune(base, out, *flags):
     return [STAGE3, *TRAIN, *PLAIN, *source, *([] if "--parent_clusters" in flags else GROUPS), *flags]
 
 
+def copies(source, target, names):
+    """Copies of files and of their records."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        for path in (source / name, (source / name).with_suffix(".json")):
+            if path.exists():
+                (target / path.name).write_bytes(path.read_bytes())
+
+
 def test_stage_1_writes_checkpoints_records_and_epochs(base):
     for rerun in (0, 1):
         checkpoint = torch.load(base / str(rerun) / "logits_best.pkl", weights_only=True)
@@ -59,8 +68,7 @@ def test_stage_1_writes_checkpoints_records_and_epochs(base):
         assert known["seed"] == rerun
         assert known["status"] == "complete"
         assert known["test"]["accuracy"] > 50
-        lines = (base / str(rerun) / "logits_best.jsonl").read_text().splitlines()
-        assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+        assert [line["epoch"] for line in known["epochs"]] == [1, 2, 3]
         assert (base / str(rerun) / "logits_final.pkl").exists()
     text = (base / "0" / "logits_best.json").read_text()
     assert str(base.parent) not in text
@@ -79,8 +87,7 @@ def test_stage_2_writes_scores_labels_and_reliability(base):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_stage_2_with_every_estimator_and_uncertainty(base, tmp_path, call, estimator):
-    for suffix in ("pkl", "json"):
-        (tmp_path / f"logits_best.{suffix}").write_bytes((base / "0" / f"logits_best.{suffix}").read_bytes())
+    copies(base / "0", tmp_path, ["logits_best.pkl"])
     groups = ["--parent_clusters", "5", "--children_clusters", "4", "--samples_per_class", "20"]
     more = ["--estimator", estimator, "--name_postfix", estimator, "--bootstrap", "3", "--null", "2"]
     call(STAGE2, *SCORE, *groups, *more, "--weights_dir", tmp_path, "--key_id", "0")
@@ -149,8 +156,7 @@ def test_samples_are_recorded_where_they_count(base, tmp_path, call):
 
 
 def test_scores_given_what_is_kept(base, tmp_path, call):
-    for suffix in ("pkl", "json"):
-        (tmp_path / f"logits_best.{suffix}").write_bytes((base / "0" / f"logits_best.{suffix}").read_bytes())
+    copies(base / "0", tmp_path, ["logits_best.pkl"])
     call(STAGE2, *SCORE, "--weights_dir", tmp_path, "--key_id", 0, "--estimator", "gaussian", "--given", "kept")
     scores = np.load(tmp_path / "I_parent_cmi_fc1.weight_fc2.weight.npy")
     assert scores.shape == (30, 50)
@@ -161,8 +167,7 @@ def test_scores_given_what_is_kept(base, tmp_path, call):
 
 def test_groups_of_correlated_units(base, tmp_path, call):
     """Stage 2 forms the groups, stage 3 prunes blocks of them."""
-    for suffix in ("pkl", "json"):
-        (tmp_path / f"logits_best.{suffix}").write_bytes((base / "0" / f"logits_best.{suffix}").read_bytes())
+    copies(base / "0", tmp_path, ["logits_best.pkl"])
     call(
         STAGE2, *SCORE, "--weights_dir", tmp_path, "--key_id", 0, "--estimator", "gaussian", "--grouping", "correlation"
     )
@@ -186,7 +191,7 @@ def test_a_damaged_state_is_refused_and_can_be_left_aside(base, tmp_path, call):
     """The state of a finished run is gone; here is one of which a bit is wrong."""
     flags = prune(base, tmp_path, "--Criterion", "magnitude", "--Prune_per", "0.9")
     state = tmp_path / "0" / "logits_90.00.state"
-    artifacts.save_state(state, {"key": "of another run", "fit": None})
+    artifacts.save_state(state, {"lines": []})
     content = bytearray(state.read_bytes())
     content[100] ^= 1
     state.write_bytes(content)
@@ -224,9 +229,7 @@ def test_finished_runs_are_not_repeated_and_not_overwritten(base, tmp_path, call
 def test_killed_stage_2_goes_on_to_the_same_bytes(base, tmp_path):
     """Killed after the first note of its progress; the scores are those of an undisturbed run."""
     for name in ("undisturbed", "killed"):
-        (tmp_path / name).mkdir()
-        for suffix in ("pkl", "json"):
-            (tmp_path / name / f"logits_best.{suffix}").write_bytes((base / "0" / f"logits_best.{suffix}").read_bytes())
+        copies(base / "0", tmp_path / name, ["logits_best.pkl"])
     flags = "--dataset DIGITS --samples_per_class 110 --key_id 0 --precision double --cores 1".split()
     shell(STAGE2, *flags, "--weights_dir", tmp_path / "undisturbed")
     eager = (
@@ -235,8 +238,7 @@ def test_killed_stage_2_goes_on_to_the_same_bytes(base, tmp_path):
     command = [sys.executable, "-c", eager, *flags, "--weights_dir", str(tmp_path / "killed")]
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'mlp'}"}
     with subprocess.Popen(command, cwd=ROOT / "mlp", env=environment, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while not list((tmp_path / "killed").glob("*.state")) and time.monotonic() < deadline:
+        while not list((tmp_path / "killed").glob("*.state")) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     name = "I_parent_cmi_fc1.weight_fc2.weight.npy"
@@ -278,8 +280,7 @@ def test_dropout_is_the_model_s_unless_it_is_given(base, tmp_path, call):
     for given in ((), ("--Dropout", "0.2"), ("--Dropout", "0")):
         out = tmp_path / "-".join(("runs", *given))
         call(*prune(base, out, "--Prune_per", "0.9", "--Epoch", "2", *given))
-        lines = (out / "0" / "logits_90.00.jsonl").read_text().splitlines()
-        losses[given[1:]] = [json.loads(line)["train_loss"] for line in lines]
+        losses[given[1:]] = [line["train_loss"] for line in record(out / "0" / "logits_90.00.pkl")["epochs"]]
     assert losses[()] == losses["0.2",]
     assert all(without < with_ for without, with_ in zip(losses["0",], losses[()], strict=True))
 
@@ -387,5 +388,134 @@ def test_damaged_files_are_named(base, tmp_path, call, damage):
     assert not (tmp_path / "out").exists()
 
 
-def test_output_that_is_no_terminal_has_no_progress_bar(base, tmp_path):
-    assert "\r" not in shell(*prune(base, tmp_path, "--Prune_per", "0.95"))
+def test_output_that_is_no_terminal_has_a_row_per_epoch_and_no_progress_bar(base, tmp_path):
+    printed = shell(*prune(base, tmp_path, "--Prune_per", "0.95"))
+    assert "\r" not in printed
+    *_, titles, first, second, third, result = printed.splitlines()
+    assert titles.split()[:3] == ["epoch", "lr", "train_loss"]
+    assert [row.split()[0] for row in (first, second, third)] == ["1", "2", "3"]
+    assert re.search(r"pruned 95.00 % of the masked layers .* test accuracy .* in the end \(epoch \d by val\)", result)
+
+
+class TestIdentity:
+    """What is not the same run is refused in one line, and nothing is overwritten or mixed."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """A copy of the scripts, to be edited."""
+        return editable(tmp_path / "repository", "mlp")
+
+    def edit(self, path, old, new):
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    @pytest.mark.parametrize("file", ["model.py", STAGE1])
+    def test_edited_code(self, folder, tmp_path, call_in, file):
+        flags = [STAGE1, *TRAIN, "--Save_dir", tmp_path / "out"]
+        call_in(folder, *flags)
+        self.edit(folder / file, "import ", "# a comment\nimport ") if file == STAGE1 else None
+        assert "is complete already" in call_in(folder, *flags)
+        old, new = ("Dropout(0.2)", "Dropout(0.5)") if file == "model.py" else ("args.Label_smoothing", "0.1")
+        self.edit(folder / file, old, new)
+        before = files_of(tmp_path / "out")
+        said = call_in(folder, *flags, code=2)
+        assert f"is of a run with other code in {file}, which was edited since; name another --Save_dir" in said
+        assert files_of(tmp_path / "out") == before
+
+    def test_other_images_under_the_same_name(self, photographs, tmp_path, call_in):
+        shutil.copytree(photographs / "cifar10", tmp_path / "b" / "cifar10", ignore=shutil.ignore_patterns("decoded.*"))
+        (tmp_path / "b" / "cifar10" / "train" / "china" / "0.jpg").unlink()
+        flags = "--Dims 2 --Epoch 1 --Batch_size 16 --Select last".split()
+        flags = ["train_stage1.py", *flags, "--Save_dir", tmp_path / "out", "--Data_dir"]
+        call_in("resnet56", *flags, photographs)
+        assert "is of a run with other data: sha256" in call_in("resnet56", *flags, tmp_path / "b", code=2)
+
+    def test_scores_of_another_checkpoint(self, base, tmp_path, call):
+        flags = prune(base, tmp_path / "out", "--Prune_per", "0.9", "--Retrain", base / "1" / "logits_best.pkl")
+        said = call(*flags, "--Retrain_mask", base / "0" / "I_parent_cmi.npy", code=2)
+        assert "I_parent_cmi_fc1.weight_fc2.weight.npy was made of another checkpoint than" in said
+        assert "run pruning_1b.py --key_id 0" in said
+
+    @pytest.mark.parametrize("stage", [STAGE2, STAGE3])
+    def test_a_checkpoint_of_a_run_at_work(self, base, tmp_path, call, stage):
+        copies(base / "0", tmp_path, ["logits_best.pkl"])
+        known = records.read(tmp_path / "logits_best.json")
+        records.write(tmp_path / "logits_best.json", {**known, "status": "running"})
+        score = [STAGE2, *SCORE, "--weights_dir", tmp_path, "--key_id", "0"]
+        retrain = [*prune(base, tmp_path / "out", "--Prune_per", "0.9"), "--Retrain", tmp_path / "logits_best.pkl"]
+        said = call(*(score if stage == STAGE2 else retrain), code=2)
+        assert "logits_best.pkl is of a run that is not finished; run the command that makes it again" in said
+
+    def test_scores_of_a_checkpoint_that_was_made_anew(self, base, tmp_path, call):
+        """The scores lie there, the checkpoint is another one now."""
+        scores = [f"{kind}_cmi_fc1.weight_fc2.weight.npy" for kind in ("I_parent", "Labels", "Labels_children")]
+        copies(base / "1", tmp_path, ["logits_best.pkl"])
+        copies(base / "0", tmp_path, scores)
+        score = [STAGE2, *SCORE, "--split_half", "--weights_dir", tmp_path, "--key_id", "0"]
+        assert "logits_best.pkl; name another --name_postfix, or remove it" in call(*score, code=2)
+
+
+def test_a_label_smoothing_of_the_flag_is_that_of_an_edit(tmp_path, call_in):
+    """One line of one script; the other network's folder is as it was."""
+    folder = editable(tmp_path / "repository", "mlp")
+    script = folder / STAGE1
+    call_in("mlp", STAGE1, *TRAIN, "--Label_smoothing", "0.1", "--Save_dir", tmp_path / "flag")
+    script.write_text(script.read_text().replace("label_smoothing=args.Label_smoothing", "label_smoothing=0.1"))
+    call_in(folder, STAGE1, *TRAIN, "--Save_dir", tmp_path / "edit")
+    call_in("mlp", STAGE1, *TRAIN, "--Save_dir", tmp_path / "plain")
+    flag, edit, plain = (
+        record(tmp_path / name / "0" / "logits_best.pkl")["epochs"] for name in ("flag", "edit", "plain")
+    )
+    assert [line["train_loss"] for line in flag] == [line["train_loss"] for line in edit]
+    assert flag[0]["train_loss"] != plain[0]["train_loss"]
+
+
+def test_a_further_figure_in_the_rows(base, tmp_path, call_in):
+    """An edit of one line: what the mask keeps of fc2 is printed in every row and recorded."""
+    folder = editable(tmp_path / "repository", "mlp")
+    script = folder / STAGE3
+    old = "run.log(metrics, evaluate(network, images.selection))"
+    assert old in script.read_text()
+    script.write_text(script.read_text().replace(old, old[:-1] + ', fc2=100 - mask.by_layer()["fc2.weight"])'))
+    printed = call_in(folder, *prune(base, tmp_path / "out", "--Prune_per", "0.9"))
+    assert printed.splitlines()[-4].split()[-2:] == ["fc2", "seconds"] or "fc2" in printed
+    assert [line["fc2"] for line in record(tmp_path / "out" / "0" / "logits_90.00.pkl")["epochs"]] == [10.0] * 3
+
+
+def test_schedules_by_flags(tmp_path, call):
+    for name in ("cosine", "one-cycle"):
+        call(STAGE1, *TRAIN, "--Schedule", name, "--Warm_up", "0.4", "--Save_dir", tmp_path / name)
+    rates = {
+        n: [e["lr"] for e in record(tmp_path / n / "0" / "logits_best.pkl")["epochs"]] for n in ("cosine", "one-cycle")
+    }
+    assert rates["cosine"] == pytest.approx([0.1, 0.075, 0.025])
+    assert rates["one-cycle"][0] == pytest.approx(0.004)
+
+
+def test_training_starts_from_given_weights(base, tmp_path, call):
+    """--Init: with almost no training, the accuracy is that of the weights; --Weights: exactly."""
+    wanted = record(base / "0" / "logits_best.pkl")["test"]
+    given = base / "0" / "logits_best.pkl"
+    call(STAGE1, *TRAIN, "--Weights", given, "--Save_dir", tmp_path / "weights")
+    assert record(tmp_path / "weights" / "0" / "logits_best.pkl")["test"] == wanted
+    call(STAGE1, *TRAIN, "--Init", given, "--Lr", "1e-9", "--Save_dir", tmp_path / "init")
+    assert record(tmp_path / "init" / "0" / "logits_best.pkl")["test"]["loss"] == pytest.approx(
+        wanted["loss"], rel=1e-3
+    )
+    assert "give one" in call(STAGE1, *TRAIN, "--Init", given, "--Weights", given, code=2)
+
+
+def test_no_epochs_leave_the_pruned_network_as_it_is(base, tmp_path, call):
+    printed = call(*prune(base, tmp_path, "--Prune_per", "0.5", "--Epoch", "0"))
+    known = record(tmp_path / "0" / "logits_50.00.pkl")
+    assert known["test"] == known["test_before_retraining"]
+    assert known["epochs"] == []
+    assert "(epoch 0 by val)" in printed
+
+
+def test_help_is_in_groups_and_says_every_default_once(call):
+    for script in (STAGE1, STAGE2, STAGE3):
+        said = call(script, "--help")
+        assert said.index("everyday:") < said.index("recipe:" if script != STAGE2 else "layers, groups and scores:")
+        assert said.count("(default: ") > 10
+        assert not re.search(r"\(default: [^)]*\)\s+\(default", said)
