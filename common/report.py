@@ -1,7 +1,7 @@
 """From records to tables and figures.
 
 python -m common.report results/demo       table.md and figure.png of one folder of runs, in that folder
-python -m common.report                    all committed folders: results/README.md, the tables in README.md, figures
+python -m common.report                    all committed records: results/README.md, the tables in README.md, figures
 """
 
 import argparse
@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from scipy.stats import ttest_rel
 
-from common import artifacts, cli
+from common import artifacts, cli, collect
 from common.errors import InputError
 
 matplotlib.use("Agg")
@@ -37,8 +37,7 @@ MOMENTS = {
 
 def runs(folder: Path, stage: int) -> list[dict]:
     """The records of a stage's finished runs below a folder, in a fixed order."""
-    records = [artifacts.read_json(path) for path in sorted(folder.rglob("*.json")) if path.name != "paper.json"]
-    return [r for r in records if r.get("stage") == stage and r.get("status") == "complete"]
+    return [record for record in collect.finished(folder) if record["stage"] == stage]
 
 
 def baselines(folder: Path) -> list[dict]:
