@@ -46,28 +46,22 @@ def read(file: Path) -> dict[str, dict]:
 
 
 def collect(folder: Path) -> str:
-    """Bring an experiment's file up to date with the finished runs in its folder; what was done, in one line."""
-    file = folder.with_name(f"{folder.name}.jsonl")
-    before = read(file) if file.is_file() else {}
-    here = _here(folder)
+    """Bring an experiment's file up to date with the finished runs in its folder; what was done, in one line.
+
+    Raises
+    ------
+    InputError
+        If there is no such experiment, or a line or a record is damaged; then nothing is written.
+    """
+    file = folder.parent / f"{folder.name}.jsonl"
+    if folder.parent != artifacts.RESULTS or folder.name in (*APART, "..") or not (folder.is_dir() or file.is_file()):
+        raise InputError(f"{folder} is no experiment; name folders of results/ that hold runs, or none for all")
+    before, here = read(file) if file.is_file() else {}, _here(folder)
     lines = dict(sorted({**before, **here}.items(), key=lambda item: Path(item[0]).parts))
     added, replaced = len(lines) - len(before), sum(before.get(path, line) != line for path, line in here.items())
     if added or replaced:
         artifacts.write_bytes(file, b"".join(_sealed(line) + b"\n" for line in lines.values()))
     return f"{artifacts.public(file)}: {len(lines)} runs ({added} added, {replaced} replaced)"
-
-
-def experiments(names: list[str]) -> list[Path]:
-    """The folders of these experiments; without names, of all that hold records of runs."""
-    results = artifacts.RESULTS
-    if not names:
-        folders = (path for path in sorted(results.iterdir()) if path.is_dir() and path.name not in APART)
-        return [folder for folder in folders if any(folder.rglob("*.json"))]
-    for folder in (results / name for name in names):
-        there = folder.is_dir() or folder.with_name(f"{folder.name}.jsonl").is_file()
-        if folder.parent != results or folder.name in (*APART, "..") or not there:
-            raise InputError(f"{folder} is no experiment; name folders of results/ that hold runs, or none for all")
-    return [results / name for name in names]
 
 
 def _here(folder: Path) -> dict[str, dict]:
@@ -79,8 +73,8 @@ def _here(folder: Path) -> dict[str, dict]:
             name, log = path.relative_to(folder.parent).as_posix(), path.with_suffix(".jsonl")
             lines[name] = {"path": name, **record}
             if "epochs" not in record and log.is_file():  # as runs once kept them
-                written = log.read_bytes().splitlines()
-                lines[name]["epochs"] = [_parsed(log, number, epoch) for number, epoch in enumerate(written, 1)]
+                written = enumerate(log.read_bytes().splitlines(), 1)
+                lines[name]["epochs"] = [_parsed(log, number, epoch) for number, epoch in written]
     return lines
 
 
@@ -99,8 +93,9 @@ def _sealed(line: dict) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="a folder of results/; none: all of them")
-    for folder in experiments(parser.parse_args().experiments):
-        print(collect(folder))
+    every = (path.name for path in sorted(artifacts.RESULTS.iterdir()) if any(path.rglob("*.json")))
+    for name in parser.parse_args().experiments or [name for name in every if name not in APART]:
+        print(collect(artifacts.RESULTS / name))
 
 
 if __name__ == "__main__":
