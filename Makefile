@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 
-.PHONY: demo test soak audit lint bench tables experiments
+.PHONY: demo test soak audit lint bench experiments collect tables
 
 demo: .venv/ready
 	PYTHON=$(BIN)/python mlp/demo.sh
@@ -26,6 +26,9 @@ bench: .venv/ready
 
 experiments: .venv/ready
 	PYTHON=$(BIN)/python JOBS=$(shell nproc) experiments/mnist.sh
+
+collect: .venv/ready
+	$(BIN)/python -m common.collect
 
 tables: .venv/ready
 	$(BIN)/python -m common.report

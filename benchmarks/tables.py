@@ -1,4 +1,4 @@
-"""The benchmarks' records as tables in README.md and common/cmi/README.md and as a figure; part of `make tables`."""
+"""Records of benchmarks and of `make soak` as tables of all pages and as figures; part of `make tables`."""
 
 import sys
 from collections.abc import Callable
@@ -10,16 +10,10 @@ from matplotlib.ticker import NullFormatter
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from common import artifacts
-from common.report import fill, save_figure
+from common.report import fill, markdown, save_figure
 from output import FOLDER
 
-BEST = "cmi (correlated), even, refit"  # of the rules in results/mnist_mlp
-
-
-def markdown(rows: list[dict]) -> str:
-    """Rows as a Markdown table, named by the keys of the first."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+BEST = "CMI, gaussian given kept, correlated groups, balanced, refit"  # of the rules in results/mnist_mlp
 
 
 def pivot(rows: list[dict], index: dict[str, str], cell: Callable[[dict], str]) -> str:
@@ -102,6 +96,32 @@ def sweep(rows: list[dict]) -> str:
     )
 
 
+def campaigns_table(record: dict) -> str:
+    """What the campaigns of `make soak` tried, and how it ended."""
+    rows = []
+
+    def row(name: str, count: int, end: str) -> None:
+        rows.append({"tried": name, "times": f"{count:,}", "how it ended": end})
+
+    for stage in "123":
+        kills = record[f"kills_of_stage_{stage}"]
+        same = kills["finished"] - kills["other_bytes"]
+        end = f"{same} of {kills['finished']} runs that finished have the bytes of an undisturbed one; "
+        row(f"kill of stage {stage}", kills["kills"], end + f"{kills['not_whole']} files were seen half written")
+    for kind, damage in record["damaged_files"].items():
+        row(f"damage to a file: {kind}", damage["tried"], f"{damage['refused']:,} refused")
+    hostile, flags = record["hostile_files"], record["illegal_flags"]
+    end = f"{hostile['refused']} refused; {hostile['executed']} executed what they hold"
+    row("hostile file", hostile["tried"], end)
+    row("illegal flag or value", flags["tried"], f"{flags['refused']} refused in one line, exit code 2")
+    for name, kind, good in (("file", "files", "read"), ("command line", "command_lines", "taken")):
+        fuzz = record[f"fuzzed_{kind}"]
+        refused = fuzz["tried"] - fuzz[good] - fuzz["other_ends"]
+        end = f"{refused:,} refused, {fuzz[good]:,} {good}, {fuzz['other_ends']} otherwise"
+        row(f"random {name}", fuzz["tried"], end)
+    return markdown(rows)
+
+
 def selection_table(study: dict, share: float) -> str:
     """The rules of the selection study at one pruned share."""
     moments = {"masked": "masked", "means_folded": "means folded", "refitted": "refitted", "after_1_epoch": "1 epoch"}
@@ -135,7 +155,7 @@ def pictures(study: dict) -> None:
 def calibration_figure(calibration: dict) -> None:
     """Accuracy against confidence of dense and pruned networks, and their expected calibration errors."""
     rows = calibration["networks"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     shown = [row for row in rows if row["rule"] in ("dense", BEST, "magnitude", "random")]
     shares = sorted({row["pruned_percent"] for row in shown})
     for row in shown:
@@ -143,7 +163,7 @@ def calibration_figure(calibration: dict) -> None:
             axes[0].plot(row["confidence"], row["accuracy"], "o-", ms=4, label=row["rule"])
     axes[0].plot([0, 100], [0, 100], "k--", lw=1)
     axes[0].set(xlabel="confidence (%)", ylabel="accuracy (%)", title=f"dense, and {shares[-1]:g} % of fc2 pruned")
-    axes[0].legend()
+    figure.legend(loc="outside lower center", ncols=2)
     for name in dict.fromkeys(row["rule"] for row in shown):
         own = [row for row in shown if row["rule"] == name]
         x = [shares.index(row["pruned_percent"]) for row in own]
@@ -193,7 +213,8 @@ def main() -> None:
     )
     for row in accuracy["calibration"]:
         row["dims"] = ", ".join(map(str, row["dims"]))
-    page = ROOT / "common" / "cmi" / "README.md"
+    page, soak = ROOT / "common" / "cmi" / "README.md", artifacts.read_json(artifacts.RESULTS / "soak.json")
+    fill(ROOT / "SECURITY.md", "campaigns soak.json", campaigns_table(soak))
     fill(ROOT / "README.md", "costs", costs(scoring, training, speed))
     fill(
         page,

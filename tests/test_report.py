@@ -1,5 +1,6 @@
-"""Tables from records, and the benchmarks' synthetic data."""
+"""Tables from records, names of rules, and the benchmarks' synthetic data."""
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -7,14 +8,17 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from common import artifacts, report
+from common import artifacts, collect, report, rules
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import published
 import synthetic
+import tables
+
+KINDS = ("I_parent", "Labels", "Labels_children")  # of the files of stage 2
 
 
-def run(criterion, share, accuracy, status="complete"):
+def run(criterion, share, accuracy, status="complete", **more):
     return {
         "stage": 3,
         "status": status,
@@ -25,6 +29,7 @@ def run(criterion, share, accuracy, status="complete"):
         "memory_mib_masked_layers": 0.1,
         "test": {"accuracy": accuracy},
         "test_before_retraining": {"accuracy": 10.0},
+        **more,
     }
 
 
@@ -39,28 +44,47 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_table_has_mean_and_sample_deviation_of_finished_runs(folder):
-    lines = report.table(folder).splitlines()
+@pytest.fixture
+def records(folder):
+    return collect.finished(folder)
+
+
+def test_table_has_mean_and_sample_deviation_of_finished_runs(records):
+    lines = report.table(records).splitlines()
     assert "| **dense** | 0 | 0 |  |  | 98.00 |  | 1 |" in lines
-    assert "| **cmi** | 90.00 | 22.50 | 10.00 ± 0.00 |  | 98.00 ± 1.41 | 0.100 | 2 |" in lines
+    assert "| **CMI** | 90.00 | 22.50 | 10.00 ± 0.00 |  | 98.00 ± 1.41 | 0.100 | 2 |" in lines
     assert "| **random** | 90.00 | 22.50 | 10.00 | 20.00 | 95.00 | 0.100 | 1 |" in lines
 
 
-def test_overview_has_a_line_per_rule_and_a_column_per_share(folder):
-    artifacts.write_json(folder / "more" / "logits_95.00.json", run("random", 95, 90))
-    assert report.overview(folder).splitlines() == [
+def test_published_figures_stand_above(records):
+    points = [{"name": "MINT", "pruned_percent": 90, "accuracy": 96.5, "memory_mib": 0.5}]
+    lines = report.table(records, {"pruned_of": "network", "points": points}).splitlines()
+    assert lines[0].startswith("|  | sparsity, masked layers (%) | sparsity, network (%) | accuracy before")
+    assert lines[2] == "| paper: MINT |  | 90.00 |  |  | 96.50 | 0.500 |  |"
+    assert lines[3].startswith("| **dense** |")
+
+
+def test_overview_has_a_line_per_rule_and_a_column_per_share(records):
+    assert report.overview([*records, run("random", 95, 90)]).splitlines() == [
         "| rule | 90 % pruned | 95 % pruned |",
-        "|---|---|---|",
-        "| dense | 98.00 | |",
-        "| cmi | 10.0 → ? → 98.00 ± 1.41 |  |",
+        "| --- | --- | --- |",
+        "| dense | 98.00 |  |",
+        "| CMI | 10.0 → ? → 98.00 ± 1.41 |  |",
         "| random | 10.0 → 20.0 → 95.00 | 10.0 → ? → 90.00 |",
     ]
 
 
-def test_the_same_records_give_the_same_figure(folder):
-    figures = [folder / name for name in ("a.png", "b.png")]
+def test_a_folder_of_runs_has_its_own_table_and_figure(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report", str(folder)])
+    report.main()
+    assert (folder / "table.md").read_text() in capsys.readouterr().out
+    assert (folder / "figure.png").is_file()
+
+
+def test_the_same_records_give_the_same_figure(records, tmp_path):
+    figures = [tmp_path / name for name in ("a.png", "b.png")]
     for target in figures:
-        report.figure(folder, target, "title")
+        report.figure(records, target, "title")
     assert figures[0].read_bytes() == figures[1].read_bytes()
 
 
@@ -71,69 +95,132 @@ def test_only_what_is_between_the_markers_is_replaced(tmp_path):
     assert page.read_text() == "a\n<!-- x -->\nnew\n<!-- end x -->\n<!-- y -->\nkept\n<!-- end y -->\n"
 
 
-def test_differences_are_paired_by_seed(tmp_path):
+def test_differences_are_paired_by_seed():
     """Against scipy's paired test and by hand: differences 1, 2, 3 have mean 2 and standard error 1 / sqrt(3)."""
     ours, theirs = {0: 97.0, 1: 94.0, 2: 91.0, 3: 50.0}, {0: 96.0, 1: 92.0, 2: 88.0, 9: 99.0}
-    for criterion, accuracies in (("cmi", ours), ("random", theirs)):
-        for seed, accuracy in accuracies.items():
-            record = {**run(criterion, 90, accuracy), "seed": seed}
-            artifacts.write_json(tmp_path / criterion / str(seed) / "logits_90.00.json", record)
-    line = report.differences(tmp_path, "cmi").splitlines()[2]
-    p = f"{ttest_rel([97, 94, 91], [96, 92, 88]).pvalue:.3f}"[1:]
-    assert line == f"| random | 90 | +0.00 ± 0.00 |  | +2.00 ± 0.58 (p = {p}) | 3 |"
+    records = [run("cmi", 90, accuracy, seed=seed) for seed, accuracy in ours.items()]
+    records += [run("random", 90, accuracy, seed=seed) for seed, accuracy in theirs.items()]
+    line = report.differences(records, "CMI").splitlines()[2]
+    p = f"p = {ttest_rel([97, 94, 91], [96, 92, 88]).pvalue:.3f}"
+    equal, ahead = "+0.00 ± 0.00, no difference shown", f"+2.00 ± 0.58 ({p}), no difference shown"
+    assert line == f"| random | 90 | {equal} |  | {ahead} | 3 |"
 
 
-def test_a_combination_is_compared_with_cmi_alone_and_controls_only(tmp_path):
-    for criterion in ("cmi", "cmi-magnitude", "magnitude"):
-        for scores in ("single", "kept"):
-            record = {**run(criterion, 90, 97.0), "seed": 0}
-            record["arguments"]["Retrain_mask"] = f"dense/0/I_parent_{scores}.npy"
-            artifacts.write_json(tmp_path / f"{criterion}_{scores}" / "logits_90.00.json", record)
-    lines = report.differences(tmp_path, "cmi-magnitude (single)").splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == ["| cmi (single)", "| magnitude (kept)", "| magnitude (single)"]
+@pytest.mark.parametrize(
+    ("gains", "told"),
+    [
+        ([1.0, 2.0, 3.0], "(p = 0.074), no difference shown"),  # Student's t: 2 sqrt(3), two degrees of freedom
+        ([9.0, 10.0, 11.0], "(p = 0.003)"),
+        ([99.0, 100.0, 101.0, 100.0], "(p < 0.001)"),
+        ([4.76, 5.76, 6.76], "(p = 0.0099)"),
+        ([4.7, 5.7, 6.7], "(p = 0.0101), no difference shown"),
+        ([1.0, 1.0], "+1.00 ± 0.00, no difference shown"),
+    ],
+)
+def test_a_difference_is_shown_below_p_of_001_only(gains, told):
+    pairs = [(run("cmi", 90, gain), run("random", 90, 0.0)) for gain in gains]
+    assert report.difference(pairs, "test").endswith(told)
 
 
-def test_a_spread_and_refitted_rule_is_compared_with_the_plain_one(tmp_path):
-    for criterion in ("cmi", "random"):
-        for changes in ({}, {"Even": True, "Refit": True}):
-            record = {**run(criterion, 90, 97.0), "seed": 0}
-            record["arguments"] |= changes
-            artifacts.write_json(tmp_path / f"{criterion}_{len(changes)}" / "logits_90.00.json", record)
-    lines = report.differences(tmp_path, "cmi, even, refit").splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == ["| cmi", "| random", "| random, even, refit"]
+def test_where_a_moment_was_not_always_recorded_n_is_named():
+    pairs = [(run("cmi", 90, 90.0 + k), run("random", 90, 80.0)) for k in range(3)]
+    for run_ in pairs[0]:
+        del run_["test"]
+    assert report.difference(pairs, "test").startswith("+11.50 ± 0.50 (n = 2, p = ")
+    assert report.difference(pairs[:2], "test") == ""
 
 
-def test_experiment_2_stands_beside_the_paper(tmp_path):
+def test_a_combination_is_compared_with_cmi_alone_and_controls_only():
+    records = [run(criterion, 90, 97.0, seed=0) for criterion in ("cmi", "cmi-magnitude", "magnitude")]
+    records += [{**record, "scores": {"estimator": "gaussian", "given": "kept"}} for record in records]
+    lines = report.differences(records, "CMI x magnitude, gaussian given kept").splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| CMI, gaussian given kept", "| magnitude"]
+
+
+def test_a_balanced_and_refitted_rule_is_compared_with_the_plain_one():
+    records = [run(criterion, 90, 97.0, seed=0) for criterion in ("cmi", "random") for _ in range(2)]
+    for record in records[1::2]:
+        record["arguments"] |= {"Even": True, "Refit": True}
+    lines = report.differences(records, "CMI, balanced, refit").splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| CMI", "| random", "| random, balanced, refit"]
+
+
+def test_experiment_2_stands_beside_the_paper():
     """CMI leads by 1 and by 3 points: 2 ± 1 on average, and Student's t of 2 with one degree of freedom."""
-    for k, (criterion, seed, accuracy) in enumerate(
-        [("cmi", 0, 98), ("cmi", 1, 99), ("random", 0, 97), ("random", 1, 96)]
-    ):
-        record = {**run(criterion, 86.27, accuracy), "seed": seed, "pruned_percent_masked_layers": 88}
-        record["arguments"]["Retrain_mask"] = f"dense/{seed}/I_parent_5_250.npy"
-        artifacts.write_json(tmp_path / str(k) / "logits.json", record)
-    for seed, correlation in enumerate([0.5, 0.6]):
-        scores = {"split_half_rank_correlation": correlation}
-        record = {"stage": 2, "status": "complete", "arguments": {"name_postfix": "5_250"}, "scores": scores}
-        artifacts.write_json(tmp_path / "dense" / str(seed) / "I_parent_5_250.json", record)
+    asked, records = {"parent_clusters": [5], "samples_per_class": 250}, []
+    for criterion, seed, accuracy in [("cmi", 0, 98), ("cmi", 1, 99), ("random", 0, 97), ("random", 1, 96)]:
+        record = run(criterion, 86.27, accuracy, seed=seed, scores=asked)
+        record["pruned_percent_masked_layers"] = 88
+        record["arguments"]["parent_clusters"] = [5]
+        records.append(record)
+    for correlation in (0.5, 0.6):
+        records.append({"stage": 2, "arguments": asked, "scores": {"split_half_rank_correlation": correlation}})
     point = {"groups": 5, "samples_per_class": 250, "pruned_percent": 86.27, "accuracy": 98.55}
-    cells = report.groups_table(tmp_path, [point]).splitlines()[2].strip("| ").split(" | ")
+    cells = report.groups_table(records, [point]).splitlines()[2].strip("| ").split(" | ")
     assert cells[:5] == ["5", "250", "86.27", "98.55", "88.00"]
     assert cells[5:8] == ["10.0 → ? → 98.50 ± 0.71", "10.0 → ? → 96.50 ± 0.71", ""]
-    assert cells[8:] == ["+2.00 ± 1.00 (p = .295)", "", "0.55 ± 0.07", "2"]
+    assert cells[8:] == ["+2.00 ± 1.00 (p = 0.295), no difference shown", "", "0.55 ± 0.07", "2"]
 
 
-def test_held_out_images_choose_and_the_test_set_does_not(tmp_path):
+def test_held_out_images_choose_and_the_test_set_does_not():
     """The recipe that is better on the test set is worse on the held-out images, and is not chosen."""
-    for k, (dropout, val, test) in enumerate(
-        [(None, 96.0, 99.0), (None, 97.0, 99.0), (0.0, 98.0, 90.0), (0.0, 98.0, 91.0)]
-    ):
-        record = {**run("cmi", 97.5, test), "best": {"val_accuracy": val}}
-        record["arguments"] |= {"Epoch": 30, "Weight_decay": 0.1, "Dropout": dropout}
-        artifacts.write_json(tmp_path / str(k) / "logits.json", record)
-    assert report.validated_table(tmp_path).splitlines()[2:] == [
-        "| **cmi** | **30** | **0.1** | **0** | 97.50 | 98.00 ± 0.00 | 90.50 ± 0.71 | 2 |",
-        "| cmi | 30 | 0.1 | as dense | 97.50 | 96.50 ± 0.71 | 99.00 ± 0.00 | 2 |",
+    records = []
+    for dropout, val, test in [(None, 96.0, 99.0), (None, 97.0, 99.0), (0.0, 98.0, 90.0), (0.0, 98.0, 91.0)]:
+        records.append(run("cmi", 97.5, test, best={"val_accuracy": val}))
+        records[-1]["arguments"] |= {"Epoch": 30, "Weight_decay": 0.1, "Dropout": dropout}
+    assert report.validated_table(records).splitlines()[2:] == [
+        "| **CMI** | **30** | **0.1** | **0** | 97.50 | 98.00 ± 0.00 | 90.50 ± 0.71 | 2 |",
+        "| CMI | 30 | 0.1 | as dense | 97.50 | 96.50 ± 0.71 | 99.00 ± 0.00 | 2 |",
     ]
+
+
+@pytest.fixture
+def scored(tmp_path, monkeypatch):
+    """Collected records of scores: of 4 x 2 correlated groups, and of as many groups as units."""
+    monkeypatch.setattr(artifacts, "RESULTS", tmp_path)
+    for k, (name, grouping, labels) in enumerate([("some", "correlation", [0, 0, 1, 1]), ("one", None, [0, 1, 2, 3])]):
+        arguments = {"model": "mlp", "estimator": "gaussian", "given": "kept", "grouping": grouping}
+        arguments |= {"name_postfix": name}
+        contents = (np.array(values) for values in ([k], labels, [0, 1]))
+        sums = (hashlib.sha256(artifacts.array_bytes(content)).hexdigest() for content in contents)
+        files = {f"{kind}_{name}_fc1.weight_fc2.weight.npy": s for kind, s in zip(KINDS, sums, strict=True)}
+        record = {"stage": 2, "status": "complete", "arguments": arguments, "files": files}
+        record["scores"] = {"shape": [2, max(labels) + 1]}
+        artifacts.write_json(tmp_path / "any" / f"{k}.json", record)
+    collect.collect(tmp_path / "any")
+    rules.scored.cache_clear()
+    yield [hashlib.sha256(artifacts.array_bytes(np.array([k]))).hexdigest() for k in range(2)]
+    rules.scored.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "which", "parents", "layers", "name"),
+    [
+        ("cmi", 0, 2, 1, "CMI, gaussian given kept, correlated groups"),
+        ("cmi-magnitude", 1, 4, 1, "CMI x magnitude, gaussian given kept, single units"),
+        ("random", 0, 2, 1, "random, correlated groups"),
+        ("magnitude", 0, 2, 2, "magnitude, shares of CMI, gaussian given kept, correlated groups"),
+        ("magnitude", None, 4, 1, "magnitude, single units"),
+        ("magnitude", None, 2, 1, "magnitude"),
+    ],
+)
+def test_a_rule_is_named_by_the_records_of_the_run_and_of_its_scores(scored, criterion, which, parents, layers, name):
+    record = run(criterion, 90, 97.0, inputs={} if which is None else {"scores": scored[which]})
+    record["arguments"] |= {"Model": "mlp", "Retrain_mask": None if which is None else "I_parent_any.npy"}
+    flags = {"parent_key": "fc1.weight", "children_key": "fc2.weight", "parent_clusters": parents}
+    record["arguments"] |= {flag: [value] * layers for flag, value in {**flags, "children_clusters": 2}.items()}
+    assert rules.rule(record) == name
+    record["arguments"] |= {"Even": True, "Refit": True}
+    assert rules.rule(record) == f"{name}, balanced, refit"
+    assert rules.unchanged(f"{name}, balanced, refit") == name
+
+
+def test_what_a_run_itself_records_of_its_scores_comes_first(scored):
+    own = {"estimator": "knn", "given": None, "grouping": "index"}
+    assert rules.rule(run("cmi", 90, 97.0, inputs={"scores": scored[0]}, scores=own)) == "CMI, knn"
+    unknown = run("cmi", 90, 97.0)
+    unknown["arguments"]["Retrain_mask"] = "elsewhere/I_parent_kept.npy"
+    assert rules.rule(unknown) == "CMI, scores kept"
 
 
 def test_what_campaigns_found_is_counted():
@@ -145,7 +232,7 @@ def test_what_campaigns_found_is_counted():
         "fuzzed_files": {"tried": 10, "read": 2, "other_ends": 1},
         "fuzzed_command_lines": {"tried": 10, "taken": 1, "other_ends": 0},
     }
-    lines = report.campaigns_table(record).splitlines()
+    lines = tables.campaigns_table(record).splitlines()
     assert lines[2].startswith("| kill of stage 1 | 9 | 3 of 4 runs")
     assert lines[5:] == [
         "| damage to a file: record | 1,000 | 999 refused |",
