@@ -28,10 +28,10 @@ experiments: .venv/ready
 	PYTHON=$(BIN)/python JOBS=$(shell nproc) experiments/mnist.sh
 
 collect: .venv/ready
-	$(BIN)/python -m common.collect
+	$(BIN)/python experiments/collect.py
 
 tables: .venv/ready
-	$(BIN)/python -m common.report
+	$(BIN)/python experiments/report.py
 	$(BIN)/python benchmarks/tables.py
 
 .venv/ready: requirements.txt requirements-dev.txt

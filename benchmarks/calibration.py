@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "mlp"), str(ROOT / "benchmarks")]
-from common import artifacts, cli
+sys.path[:0] = [str(ROOT), str(ROOT / "mlp"), str(ROOT / "benchmarks"), str(ROOT / "experiments")]
+from common import artifacts, cli, files, records
 from common.data import Split, load
 from common.errors import InputError
-from common.report import rule
 from model import MLP
 from output import FOLDER, mean, save, std
+from rules import rule
 
 BINS = 10
 
@@ -53,8 +53,8 @@ def main() -> None:
     args = parser.parse_args()
     test = load("MNIST", args.Data_dir, val_size=0, device=torch.device("cpu")).test
     found = defaultdict(list)
-    for path in sorted(p for folder in args.folders for p in artifacts.under_results(folder).rglob("*.pkl")):
-        record = artifacts.read_json(artifacts.record_of(path))
+    for path in sorted(p for folder in args.folders for p in files.under_results(folder).rglob("*.pkl")):
+        record = records.read(records.record_path(path))
         if record.get("status") == "complete" and "best" in record:
             network = MLP()
             artifacts.load_weights(network, path)

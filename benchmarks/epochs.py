@@ -13,7 +13,6 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,10 +20,10 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from common import cli
-from common.data import PADDING, Split, load
+from common import cli, parallel
+from common.data import Split, crop_and_flip, load
 from common.datasets import torchvision
-from common.training import OPTIMIZERS, Recipe, train_epoch
+from common.training import make_optimizer, make_schedule, train_epoch
 from output import FOLDER, save
 
 CIFAR_IMAGES, ROUNDS = 50_000, 3
@@ -44,7 +43,7 @@ class Photographs(torch.utils.data.Dataset):
     def __init__(self, split: Split) -> None:
         transforms = torchvision().transforms
         self.images, self.labels = split.images.cpu(), split.labels.cpu()
-        steps = [transforms.RandomCrop(32, PADDING), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+        steps = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
         scale = transforms.Normalize(split.mean.flatten().tolist(), split.std.flatten().tolist())
         self.transform = transforms.Compose([transforms.ToPILImage(), *steps, scale])
 
@@ -65,7 +64,7 @@ def plain_epoch(network, optimizer, batches, device) -> None:
 
 def measure(name: str, split: Split, batch: int, batches, device: torch.device, classes: int) -> list[dict]:
     """Seconds per step of every way of training on the split, and of the plain loop over `batches`."""
-    recipe = Recipe(1, batch, 0.01, (), 1.0, 1e-4)
+    loss, augment = torch.nn.CrossEntropyLoss(reduction="sum"), None if name == "resnet50" else crop_and_flip()
     plain = network_of(name, classes, device)
     optimizer = torch.optim.SGD(plain.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
     work = {"plain DataLoader loop, float32": lambda: plain_epoch(plain, optimizer, batches, device)}
@@ -73,10 +72,11 @@ def measure(name: str, split: Split, batch: int, batches, device: torch.device, 
         if options.get("compile") and device.type == "cpu":
             continue
         network = network_of(name, classes, device).to(memory_format=torch.channels_last)
-        ours = OPTIMIZERS["sgd"](network.parameters(), recipe)
-        trained = torch.compile(network) if options.get("compile") else network
-        work[way] = lambda trained=trained, ours=ours, options=options: train_epoch(
-            trained, ours, split, replace(recipe, **options), seed=0
+        ours = make_optimizer("sgd", network.parameters(), 0.01, 1e-4, True)
+        schedule = make_schedule(ours, "steps", 1, split.steps(batch), [], 1.0, 0.0)
+        trained = parallel.wrap(network, compile=options.get("compile", False))
+        work[way] = lambda trained=trained, ours=ours, schedule=schedule, options=options: train_epoch(
+            trained, ours, schedule, split.shuffled(batch, 0, augment), loss, amp=options.get("amp", False)
         )
     times = {way: [] for way in work}
     for _ in range(ROUNDS + 1):
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["vgg16", "resnet56", "resnet50"])
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()))
     args = parser.parse_args()
-    device, rows = cli.device(0), []
+    device, rows = cli.choose_device(0), []
     for name in args.networks:
         batch, classes = (64, 1000) if name == "resnet50" else (128, 10)
         if name == "resnet50":

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from common import artifacts
+from common import files, records
 
-FOLDER = artifacts.RESULTS / "benchmarks"
+FOLDER = files.RESULTS / "benchmarks"
 DIGITS = 6
 
 
@@ -34,8 +34,8 @@ def save(folder: Path, name: str, record: dict, device: torch.device | None = No
         print(
             f"\n{key}\n{table(value)}" if isinstance(value, list) and isinstance(value[0], dict) else f"{key}: {value}"
         )
-    path = artifacts.under_results(folder) / f"{name}.json"
-    artifacts.write_json(path, {**record, **artifacts.circumstances(device or torch.device("cpu"))})
+    path = files.under_results(folder) / f"{name}.json"
+    records.write(path, {**record, **records.environment(device or torch.device("cpu"))})
     print(f"\nrecord: {path}\n")
 
 

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "mlp"), str(ROOT / "benchmarks")]
-from common import activations, artifacts, cli, masks
+from common import activations, artifacts, cli, files, masks
 from common.cmi import kde, layer_cmi
 from common.data import load, sample_per_class
 from model import GROUPS, MLP, PAIRS
@@ -37,10 +37,10 @@ def main() -> None:
     parser.add_argument("--widths", type=float, nargs="+", default=[0.15, 0.18, 0.2, 0.22, 0.25, 0.3, 0.4])
     args = parser.parse_args()
     network, child = MLP(), PAIRS[0][1]
-    checkpoint = artifacts.load_weights(network, artifacts.under_results(args.weights_dir) / "logits_best.pkl")
+    checkpoint = artifacts.load_weights(network, files.under_results(args.weights_dir) / "logits_best.pkl")
     train = load("MNIST", args.Data_dir, val_size=checkpoint["val_size"], device=torch.device("cpu")).train
     rows = sample_per_class(train.labels, args.samples_per_class, seed=0)
-    parents, children = (t.numpy() for t in activations.paired(network, [child], train[rows])[child])
+    parents, children = (t.numpy() for t in activations.collect_activations(network, [child], train[rows])[child])
     blocks = masks.contiguous_blocks(network, child, *GROUPS[child])
     groups = blocks.child_groups, blocks.parent_groups
     half = len(rows) // 2

@@ -21,10 +21,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "mlp"), str(ROOT / "benchmarks")]
-from common import activations, artifacts, cli, masks, refit, scoring
+from common import activations, artifacts, cli, files, masks, refit, scoring
 from common.cmi import layer_cmi
 from common.data import Data, Split, derived_seed, load, sample_per_class
-from common.training import OPTIMIZERS, Recipe, evaluate, train_epoch
+from common.training import evaluate, make_optimizer, make_schedule, train_epoch
 from model import GROUPS, MLP, PAIRS, TRAINING
 from output import FOLDER, mean, save, std
 
@@ -44,7 +44,7 @@ def by_child(scores: np.ndarray, weights: np.ndarray, share: float) -> np.ndarra
     return masks.select([ranks], [weights], share, [1.0])[0]
 
 
-CHOICES = {"threshold": by_threshold, "quota": by_child, "even": masks.select_evenly}
+CHOICES = {"threshold": by_threshold, "quota": by_child, "even": masks.select_balanced}
 
 
 def scored(parents: np.ndarray, children: np.ndarray, network: MLP, sample: Split, scratch: Path) -> dict:
@@ -55,10 +55,15 @@ def scored(parents: np.ndarray, children: np.ndarray, network: MLP, sample: Spli
     inputs = (children, parents, blocks.child_groups, blocks.parent_groups)
     kde = layer_cmi(*inputs, precision="single", **options)
     draws = {"estimator": "kde", "precision": "single", **options}
-    errors = scoring.standard_errors(*inputs, scratch / "errors.state", count=HALVES, **draws)
-    null = scoring.permutation_null(*inputs, scratch / "null.state", count=PERMUTATIONS, **draws)
+    estimate = scoring.Estimator(scratch / "kde.state", blocks, draws)
+    errors = scoring.standard_errors(estimate, children, parents, HALVES)
+    null = scoring.permutation_null(estimate, children, parents, PERMUTATIONS)
     gaussian = layer_cmi(*inputs, estimator="gaussian", **options)
-    seen = {"estimator": "gaussian", "given": "kept", "snr": activations.relevance(network, [CHILD], sample)[CHILD]}
+    seen = {
+        "estimator": "gaussian",
+        "given": "kept",
+        "snr": activations.output_sensitivity(network, [CHILD], sample)[CHILD],
+    }
     kept, noiseless = layer_cmi(*inputs, **seen, **options), layer_cmi(*inputs, **{**seen, "snr": None}, **options)
     regrouped = layer_cmi(children, parents, correlated.child_groups, correlated.parent_groups, **seen, **options)
     magnitude, random = blocks.mean_magnitude(network.get_parameter(CHILD)), np.random.default_rng(1).random(kde.shape)
@@ -83,37 +88,39 @@ def scored(parents: np.ndarray, children: np.ndarray, network: MLP, sample: Spli
     }
 
 
-def picture(scores: np.ndarray, pruned: np.ndarray) -> dict:
+def picture(scores: np.ndarray, kept: np.ndarray) -> dict:
     """Scores as percentiles, one byte each and a row of child groups' as hexadecimal digits, and the kept blocks."""
     percentiles = scores.argsort(None).argsort().reshape(scores.shape) * 256 // scores.size
-    return {"scores": [bytes(row.tolist()).hex() for row in percentiles], "kept": np.argwhere(~pruned).tolist()}
+    return {"scores": [bytes(row.tolist()).hex() for row in percentiles], "kept": np.argwhere(kept).tolist()}
 
 
-def measure(dense: MLP, blocks: masks.Blocks, pruned: np.ndarray, data: Data, sample: Split, seed: int) -> dict:
+def measure(dense: MLP, blocks: masks.Blocks, kept: np.ndarray, data: Data, sample: Split, seed: int) -> dict:
     """Test accuracies (%) of the masked network, prepared in several ways."""
-    held = masks.build({CHILD: pruned}, {CHILD: blocks}, dense)
+    mask = masks.Mask.of_blocks({CHILD: kept}, {CHILD: blocks}, dense)
 
     def prepared(change: Callable[[MLP], None]) -> MLP:
         network = copy.deepcopy(dense)
-        hold = masks.holder(network, held)
-        hold()
+        mask.apply(network)
         change(network)
         return network
 
     def fold(network: MLP) -> None:
-        means = activations.paired(dense, [CHILD], sample)[CHILD][0].mean(0)
+        means = activations.collect_activations(dense, [CHILD], sample)[CHILD][0].mean(0)
         with torch.no_grad():
             network.fc2.bias += (dense.fc2.weight - network.fc2.weight) @ means
 
     def train(network: MLP) -> None:
-        refit.refit(network, dense, held, sample)
-        recipe = Recipe(1, TRAINING["Batch_size"], TRAINING["Lr"], (), 1.0, TRAINING["Weight_decay"])
-        optimizer = OPTIMIZERS["sgd"](network.parameters(), recipe)
-        optimizer.register_step_post_hook(lambda *_: masks.holder(network, held)())
-        train_epoch(network, optimizer, data.train, recipe, derived_seed(seed, 1))
+        refit.refit(network, dense, mask, sample)
+        optimizer = make_optimizer("sgd", network.parameters(), TRAINING["Lr"], TRAINING["Weight_decay"], True)
+        mask.hold(network, optimizer)
+        batch, epoch = TRAINING["Batch_size"], derived_seed(seed, 1)
+        schedule = make_schedule(optimizer, "steps", 1, data.train.steps(batch), [], 1.0, 0.0)
+        torch.manual_seed(epoch)
+        batches = data.train.shuffled(batch, epoch)
+        train_epoch(network, optimizer, schedule, batches, torch.nn.CrossEntropyLoss(reduction="sum"))
 
-    changes = (lambda _: None, fold, lambda network: refit.refit(network, dense, held, sample), train)
-    kept = held[CHILD]
+    changes = (lambda _: None, fold, lambda network: refit.refit(network, dense, mask, sample), train)
+    kept = mask[CHILD]
     return {
         **{name: evaluate(prepared(c), data.test).accuracy for name, c in zip(PREPARED, changes, strict=True)},
         "units_read": int(kept.any(0).sum()),
@@ -132,20 +139,20 @@ def main() -> None:
     data, found, pictures = None, {}, {}
     for seed in range(args.networks):
         network = MLP()
-        folder = artifacts.under_results(args.baselines) / str(seed)
+        folder = files.under_results(args.baselines) / str(seed)
         checkpoint = artifacts.load_weights(network, folder / "logits_best.pkl")
         data = data or load("MNIST", args.Data_dir, val_size=checkpoint["val_size"], device=torch.device("cpu"))
         sample = data.train[sample_per_class(data.train.labels, args.samples_per_class, seed=0)]
-        parents, children = (t.numpy() for t in activations.paired(network, [CHILD], sample)[CHILD])
+        parents, children = (t.numpy() for t in activations.collect_activations(network, [CHILD], sample)[CHILD])
         with tempfile.TemporaryDirectory() as scratch:
             rules = scored(parents, children, network, sample, Path(scratch))
         for name, (blocks, scores, choices) in rules.items():
             for choice in choices:
                 for share in args.shares:
-                    pruned = CHOICES[choice](scores, blocks.weights, share)
+                    kept = CHOICES[choice](scores, blocks.weights, share)
                     if PICTURED.get(name) == choice and (seed, share) == (0, args.shares[0]):
-                        pictures[f"{name}, {choice}"] = picture(scores, pruned)
-                    row = measure(network, blocks, pruned, data, sample, seed)
+                        pictures[f"{name}, {choice}"] = picture(scores, kept)
+                    row = measure(network, blocks, kept, data, sample, seed)
                     found.setdefault((share, name, choice), []).append(row)
                     print(seed, share, name, choice, *row.values(), flush=True)
     rows = []

@@ -8,10 +8,10 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from common import artifacts
-from common.report import fill, markdown, save_figure
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "experiments")]
+from common import files, records
 from output import FOLDER
+from report import fill, markdown, save_figure
 
 BEST = "CMI, gaussian given kept, correlated groups, balanced, refit"  # of the rules in results/mnist_mlp
 
@@ -149,7 +149,7 @@ def pictures(study: dict) -> None:
         axis.plot(columns, rows, "o", ms=4, mfc="none", color="tab:red", label="kept")
         axis.set(title=name, xlabel="parent group", ylabel="child group")
         axis.legend(loc="upper right")
-    save_figure(figure, artifacts.RESULTS / "figures" / "scores.png")
+    save_figure(figure, files.RESULTS / "figures" / "scores.png")
 
 
 def calibration_figure(calibration: dict) -> None:
@@ -172,7 +172,7 @@ def calibration_figure(calibration: dict) -> None:
         )
     axes[1].set_xticks(range(len(shares)), [f"{share:g}" for share in shares])
     axes[1].set(xlabel="pruned weights of fc2 (%)", ylabel="expected calibration error (%)")
-    save_figure(figure, artifacts.RESULTS / "figures" / "calibration.png")
+    save_figure(figure, files.RESULTS / "figures" / "calibration.png")
 
 
 def speed_figure(speed: dict) -> None:
@@ -203,17 +203,17 @@ def speed_figure(speed: dict) -> None:
         axis.legend()
         for scale in (axis.xaxis, axis.yaxis):
             scale.set_minor_formatter(NullFormatter())
-    save_figure(figure, artifacts.RESULTS / "figures" / "speed.png")
+    save_figure(figure, files.RESULTS / "figures" / "speed.png")
 
 
 def main() -> None:
     names = ("accuracy", "ranking", "speed", "scoring", "training", "real_layer", "selection", "calibration")
     accuracy, ranking, speed, scoring, training, real, study, calibration = (
-        artifacts.read_json(FOLDER / f"{name}.json") for name in names
+        records.read(FOLDER / f"{name}.json") for name in names
     )
     for row in accuracy["calibration"]:
         row["dims"] = ", ".join(map(str, row["dims"]))
-    page, soak = ROOT / "common" / "cmi" / "README.md", artifacts.read_json(artifacts.RESULTS / "soak.json")
+    page, soak = ROOT / "common" / "cmi" / "README.md", records.read(files.RESULTS / "soak.json")
     fill(ROOT / "SECURITY.md", "campaigns soak.json", campaigns_table(soak))
     fill(ROOT / "README.md", "costs", costs(scoring, training, speed))
     fill(
@@ -241,7 +241,7 @@ def main() -> None:
     fill(page, "peers", peers(speed))
     speed_figure(speed)
     for share in (99.6, 98.4):
-        fill(artifacts.RESULTS / "README.md", f"selection {share}", selection_table(study, share))
+        fill(files.RESULTS / "README.md", f"selection {share}", selection_table(study, share))
     pictures(study)
     calibration_figure(calibration)
 

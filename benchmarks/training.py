@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "mlp"), str(ROOT / "benchmarks")]
 from common import cli
 from common.data import load
 from common.datasets import torchvision
-from common.training import OPTIMIZERS, Recipe, train_epoch
+from common.training import make_optimizer, make_schedule, train_epoch
 from machine import matmul_rate
 from model import MLP, TRAINING
 from output import FOLDER, save
@@ -39,16 +39,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
     batch = TRAINING["Batch_size"]
-    recipe = Recipe(1, batch, TRAINING["Lr"], (), 1.0, TRAINING["Weight_decay"])
     train = load("MNIST", args.Data_dir, val_size=0, device=torch.device("cpu")).train
     tv = torchvision()
     dataset = tv.datasets.MNIST(args.Data_dir, train=True, transform=tv.transforms.ToTensor())
     loader = torch.utils.data.DataLoader(dataset, batch, shuffle=True, num_workers=2)
     networks = [MLP(), MLP()]
-    ours = OPTIMIZERS["sgd"](networks[0].parameters(), recipe)
+    ours = make_optimizer("sgd", networks[0].parameters(), TRAINING["Lr"], TRAINING["Weight_decay"], True)
+    schedule = make_schedule(ours, "steps", 1, train.steps(batch), [], 1.0, 0.0)
+    loss = torch.nn.CrossEntropyLoss(reduction="sum")
     theirs = torch.optim.SGD(networks[1].parameters(), 0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
     work = {
-        "project": lambda: train_epoch(networks[0], ours, train, recipe, seed=0),
+        "project": lambda: train_epoch(networks[0], ours, schedule, train.shuffled(batch, 0), loss),
         "dataloader": lambda: loader_epoch(networks[1], theirs, loader),
     }
     times = {name: [] for name in work}

@@ -477,7 +477,7 @@ def pruning_plan(args: argparse.Namespace, network: nn.Module, model: ModuleType
     sparsity = share_of_masked(args, pruned_share(args), network, blocks)
     known = {"inputs": records.checksums(args.Retrain, *paths), "requested_percent": 100 * sparsity}
     if made:
-        how = ("estimator", "given", "grouping")
+        how = ("estimator", "given", "grouping", "samples_per_class")
         known["scores"] = {flag: made["arguments"][flag] for flag in how if made["arguments"].get(flag)}
     scores = scores if families else None
     like = None if args.Criterion.startswith("cmi") else scores

@@ -149,7 +149,6 @@ def common_hash() -> str:
     return hashlib.sha256("".join(map(syntax_hash, files_there)).encode()).hexdigest()
 
 
-@cache
 def syntax_hash(path: Path) -> str:
     """SHA-256 of the code in a file without comments, docstrings and layout."""
     tree = ast.parse(path.read_bytes())

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from common import artifacts, collect
+import collect
+from common import files, records
 from common.errors import InputError
 
 EPOCHS = [{"epoch": 1, "train_loss": 0.1 + 0.2}, {"epoch": 2, "train_loss": 1e-07}]
@@ -14,7 +15,7 @@ EPOCHS = [{"epoch": 1, "train_loss": 0.1 + 0.2}, {"epoch": 2, "train_loss": 1e-0
 def write(path, accuracy, status="complete", logged=None, **more):
     """A run's record, with a log of its epochs beside it if there are any."""
     record = {"stage": 3, "arguments": {"Lr": 0.1}, "status": status, "test": {"accuracy": accuracy}, **more}
-    artifacts.write_json(path, record)
+    records.write(path, record)
     if logged:
         path.with_suffix(".jsonl").write_bytes(log(logged))
 
@@ -26,7 +27,7 @@ def log(epochs):
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """Two finished runs and one at work, of one experiment."""
-    monkeypatch.setattr(artifacts, "RESULTS", tmp_path)
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
     write(tmp_path / "fc2" / "kept" / "0" / "logits_90.00.json", 97.0, logged=EPOCHS)
     write(tmp_path / "fc2" / "kept-magnitude" / "0" / "logits_90.00.json", 98.0)
     write(tmp_path / "fc2" / "random" / "0" / "logits_90.00.json", 1.0, "running")
@@ -46,7 +47,7 @@ def test_the_files_of_every_run_can_be_made_again_to_the_byte(results):
     again = results / "again.json"
     for path, line in collect.read(results / "fc2.jsonl").items():
         epochs = line["epochs"] if path.startswith("fc2/new") else line.pop("epochs", None)
-        artifacts.write_json(again, {key: value for key, value in line.items() if key != "path"})
+        records.write(again, {key: value for key, value in line.items() if key != "path"})
         assert again.read_bytes() == (results / path).read_bytes()
         assert epochs == (None if "magnitude" in path else EPOCHS)
     assert log(EPOCHS) == (results / "fc2" / "kept" / "0" / "logits_90.00.jsonl").read_bytes()

@@ -2,18 +2,19 @@
 
 import hashlib
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from common import artifacts, collect, report, rules
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import collect
 import published
+import report
+import rules
 import synthetic
 import tables
+from common import artifacts, files
+from common import records as record_files
 
 KINDS = ("I_parent", "Labels", "Labels_children")  # of the files of stage 2
 
@@ -38,9 +39,9 @@ def folder(tmp_path):
     records = [run("cmi", 90, 97), run("cmi", 90, 99), run("random", 90, 95), run("random", 90, 1, "running")]
     records[2]["test_after_1_epoch"] = {"accuracy": 20.0}  # older records do not have it
     for k, record in enumerate(records):
-        artifacts.write_json(tmp_path / str(k) / "logits_90.00.json", record)
+        record_files.write(tmp_path / str(k) / "logits_90.00.json", record)
     dense = {"stage": 1, "status": "complete", "best": {}, "test": {"accuracy": 98.0}}
-    artifacts.write_json(tmp_path / "dense.json", dense)
+    record_files.write(tmp_path / "dense.json", dense)
     return tmp_path
 
 
@@ -177,16 +178,16 @@ def test_held_out_images_choose_and_the_test_set_does_not():
 @pytest.fixture
 def scored(tmp_path, monkeypatch):
     """Collected records of scores: of 4 x 2 correlated groups, and of as many groups as units."""
-    monkeypatch.setattr(artifacts, "RESULTS", tmp_path)
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
     for k, (name, grouping, labels) in enumerate([("some", "correlation", [0, 0, 1, 1]), ("one", None, [0, 1, 2, 3])]):
         arguments = {"model": "mlp", "estimator": "gaussian", "given": "kept", "grouping": grouping}
         arguments |= {"name_postfix": name}
         contents = (np.array(values) for values in ([k], labels, [0, 1]))
         sums = (hashlib.sha256(artifacts.array_bytes(content)).hexdigest() for content in contents)
-        files = {f"{kind}_{name}_fc1.weight_fc2.weight.npy": s for kind, s in zip(KINDS, sums, strict=True)}
-        record = {"stage": 2, "status": "complete", "arguments": arguments, "files": files}
+        sealed = {f"{kind}_{name}_fc1.weight_fc2.weight.npy": s for kind, s in zip(KINDS, sums, strict=True)}
+        record = {"stage": 2, "status": "complete", "arguments": arguments, "files": sealed}
         record["scores"] = {"shape": [2, max(labels) + 1]}
-        artifacts.write_json(tmp_path / "any" / f"{k}.json", record)
+        record_files.write(tmp_path / "any" / f"{k}.json", record)
     collect.collect(tmp_path / "any")
     rules.scored.cache_clear()
     yield [hashlib.sha256(artifacts.array_bytes(np.array([k]))).hexdigest() for k in range(2)]

@@ -1,12 +1,13 @@
 """From records to tables and figures.
 
-python -m common.report results/demo       table.md and figure.png of one folder of runs, in that folder
-python -m common.report                    all committed records: results/README.md, the tables in README.md, figures
+python experiments/report.py results/demo    table.md and figure.png of one folder of runs, in that folder
+python experiments/report.py                 all committed records: tables in README.md and results/README.md, figures
 """
 
 import argparse
 import json
 import re
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import matplotlib
 import numpy as np
 from scipy.stats import ttest_rel
 
-from common import artifacts, cli, collect
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import collect
+from common import cli, files
 from common.errors import InputError
-from common.rules import rule, scores_of, unchanged
+from rules import rule, scores_of, unchanged
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -309,7 +312,7 @@ def groups_figure(records: list[dict], target: Path, paper: list[dict]) -> None:
 def fill(page: Path, name: str, content: str) -> None:
     """Replace what stands between the markers <!-- name --> and <!-- end name --> of a page."""
     marked = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
-    artifacts.write_bytes(page, marked.sub(lambda m: m[1] + content + m[2], page.read_text()).encode())
+    files.write_bytes(page, marked.sub(lambda m: m[1] + content + m[2], page.read_text()).encode())
 
 
 def save_figure(figure: plt.Figure, target: Path) -> None:
@@ -322,7 +325,7 @@ def save_figure(figure: plt.Figure, target: Path) -> None:
 def figures(paper: dict) -> None:
     """All figures of experiments that the paper has too, as far as they have been run."""
     for name, of_paper in paper.items():
-        records, target = collect.finished(artifacts.RESULTS / name), artifacts.RESULTS / "figures" / f"{name}.png"
+        records, target = collect.finished(files.RESULTS / name), files.RESULTS / "figures" / f"{name}.png"
         shares = {share for share, _ in by_point(records)}
         if shares and isinstance(of_paper, list):
             groups_figure(records, target, of_paper)
@@ -336,11 +339,11 @@ def pages(paper: dict) -> None:
     """All that stands between the markers <!-- KIND EXPERIMENT --> of pages, after "differences" EXPERIMENT: RULE."""
     kinds = {"table": table, "groups": groups_table, "overview": overview, "differences": differences}
     kinds |= {"scoring": scoring_table, "validated": validated_table}
-    for page in (artifacts.ROOT / "README.md", artifacts.RESULTS / "README.md"):
+    for page in (files.ROOT / "README.md", files.RESULTS / "README.md"):
         marks = re.findall(rf"<!-- (({'|'.join(kinds)}) ([^:\s]+)(?:: (.+))?) -->", page.read_text())
         for mark, kind, name, ours in marks:
             more = [ours] if ours else [paper.get(name)] if kind in ("table", "groups") else []
-            fill(page, mark, kinds[kind](collect.finished(artifacts.RESULTS / name), *more))
+            fill(page, mark, kinds[kind](collect.finished(files.RESULTS / name), *more))
 
 
 def main() -> None:
@@ -348,7 +351,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="a folder of runs; none: everything that is committed")
     folder = parser.parse_args().folder
     if folder is None:
-        paper = json.loads((artifacts.RESULTS / "paper.json").read_text())
+        paper = json.loads((files.RESULTS / "paper.json").read_text())
         figures(paper)
         pages(paper)
         return

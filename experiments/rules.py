@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import artifacts, collect
+import collect
+from common import artifacts, files
 
 CRITERIA = {"cmi": "CMI", "cmi-magnitude": "CMI x magnitude"}
 CHANGES = {"Even": "balanced", "Refit": "refit"}
@@ -66,7 +67,7 @@ def scored() -> tuple[dict[str, dict], set[tuple]]:
     single : (model, layer pair, parent groups, child groups) where every group is one unit, by the labels' checksums
     """
     made, single = {}, set()
-    for file in sorted(artifacts.RESULTS.glob("*.jsonl")):
+    for file in sorted(files.RESULTS.glob("*.jsonl")):
         for record in collect.read(file).values():
             if record["stage"] == 2:
                 arguments, (children, parents) = record["arguments"], record["scores"]["shape"]

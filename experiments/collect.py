@@ -1,6 +1,6 @@
 """From the records of many runs to one file per experiment.
 
-    python -m common.collect [EXPERIMENT ...]       by default every folder of results/ that holds runs
+    python experiments/collect.py [EXPERIMENT ...]       by default every folder of results/ that holds runs
 
 Finished runs below results/<experiment>/ go to results/<experiment>.jsonl, one line a run: "path", where its record
 lies below results/; the record; its "epochs"; the SHA-256 of all that. Lines of runs that are not here stay.
@@ -9,9 +9,11 @@ lies below results/; the record; its "epochs"; the SHA-256 of all that. Lines of
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
 
-from common import artifacts, cli
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import cli, files, records
 from common.errors import InputError, reason
 
 APART = ("benchmarks", "demo", "figures")  # folders of results/ that are no experiments
@@ -23,7 +25,7 @@ def finished(folder: Path) -> list[dict]:
     They are read from results/<experiment>.jsonl where the folder belongs to an experiment that has been collected, and
     from the folder itself where not.
     """
-    folder, results = folder.resolve(), artifacts.RESULTS.resolve()
+    folder, results = folder.resolve(), files.RESULTS.resolve()
     below = folder.relative_to(results).parts if folder.is_relative_to(results) else ()
     file = results / f"{below[0]}.jsonl" if below else None
     if file is None or not file.is_file():
@@ -54,21 +56,21 @@ def collect(folder: Path) -> str:
         If there is no such experiment, or a line or a record is damaged; then nothing is written.
     """
     file = folder.parent / f"{folder.name}.jsonl"
-    if folder.parent != artifacts.RESULTS or folder.name in (*APART, "..") or not (folder.is_dir() or file.is_file()):
+    if folder.parent != files.RESULTS or folder.name in (*APART, "..") or not (folder.is_dir() or file.is_file()):
         raise InputError(f"{folder} is no experiment; name folders of results/ that hold runs, or none for all")
     before, here = read(file) if file.is_file() else {}, _here(folder)
     lines = dict(sorted({**before, **here}.items(), key=lambda item: Path(item[0]).parts))
     added, replaced = len(lines) - len(before), sum(before.get(path, line) != line for path, line in here.items())
     if added or replaced:
-        artifacts.write_bytes(file, b"".join(_sealed(line) + b"\n" for line in lines.values()))
-    return f"{artifacts.public(file)}: {len(lines)} runs ({added} added, {replaced} replaced)"
+        files.write_bytes(file, b"".join(_sealed(line) + b"\n" for line in lines.values()))
+    return f"{files.display_path(file)}: {len(lines)} runs ({added} added, {replaced} replaced)"
 
 
 def _here(folder: Path) -> dict[str, dict]:
     """The lines of the finished runs in a folder by path, in order."""
     lines = {}
     for path in sorted(folder.rglob("*.json")):
-        record = artifacts.read_json(path)
+        record = records.read(path)
         if "stage" in record and record.get("status") == "complete":
             name, log = path.relative_to(folder.parent).as_posix(), path.with_suffix(".jsonl")
             lines[name] = {"path": name, **record}
@@ -93,9 +95,9 @@ def _sealed(line: dict) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="a folder of results/; none: all of them")
-    every = (path.name for path in sorted(artifacts.RESULTS.iterdir()) if any(path.rglob("*.json")))
+    every = (path.name for path in sorted(files.RESULTS.iterdir()) if any(path.rglob("*.json")))
     for name in parser.parse_args().experiments or [name for name in every if name not in APART]:
-        print(collect(artifacts.RESULTS / name))
+        print(collect(files.RESULTS / name))
 
 
 if __name__ == "__main__":
