@@ -93,7 +93,9 @@ COUNT, SHARE, INDEX = number(int, 1), number(float, 0, 1), number(int, 0)
 POSITIVE = number(float, 0, above=True)
 MANY, GPU = {"nargs": "+"}, "number of the CUDA GPU to use, if there is any; under torchrun each process has its own"
 BY_LAYER = "one for all pairs, or one per pair (default: model.py's, by layer)"
-CLASSES = "names of the classes to use the images of; labels and outputs stay those of the whole data set (all)"
+CLASSES = (
+    "names of the classes to use the images of; labels and outputs stay those of the whole data set (default: all)"
+)
 SKIP = "leave out image files that cannot be read, naming them"
 GO_ON = "the same command goes on from what is written"
 DATA_DIR = {"type": folder, "default": ROOT / "data", "help": "where data sets lie, and are downloaded to if absent"}
@@ -142,7 +144,7 @@ PRUNING = {
     "children_clusters": _flag(
         "23", COUNT, f"number of groups of children; the last layer keeps its classes: {BY_LAYER}", **MANY
     ),
-    "grouping": _flag("2", ("index", "correlation"), "units of a group: neighbours, or those that correlate (index)"),
+    "grouping": _flag("2", ("index", "correlation"), "units of a group: neighbours (default), or those that correlate"),
     "lower_prune_per": _flag("3", SHARE, "start of the grid of pruned shares"),
     "upper_prune_per": _flag("3", SHARE, "end of the grid of pruned shares"),
     "prune_per_step": _flag("3", number(float, 0, 1, above=True), "step of the grid of pruned shares"),
@@ -156,10 +158,12 @@ PRUNING = {
     "Labels_file": _flag("3", results_path, "DIR/Labels_<postfix>.npy (default: beside the scores)"),
     "Labels_children_file": _flag("3", results_path, "DIR/Labels_children_<postfix>.npy (default: beside the scores)"),
     "given": _flag(
-        "2", ("rest", "kept"), "gaussian: given all other parents, or those left as the least go one by one (rest)"
+        "2", ("rest", "kept"), "gaussian: given all other parents (default), or those left as the least go one by one"
     ),
-    "width": _flag("2", POSITIVE, f"kde: kernel width in square roots of the number of parent units ({kde.WIDTH})"),
-    "precision": _flag("2", tuple(kde.PRECISIONS), "kde: arithmetic of the scores (single)"),
+    "width": _flag(
+        "2", POSITIVE, f"kde: kernel width in square roots of the number of parent units (default: {kde.WIDTH})"
+    ),
+    "precision": _flag("2", tuple(kde.PRECISIONS), "kde: arithmetic of the scores (default: single)"),
     "split_half": _flag("2", None, "also score two halves of the images; report their agreement", **ON),
     "bootstrap": _flag("2", number(int, 2), "also standard errors of the scores, from so many halves of the images"),
     "null": _flag("2", COUNT, "also the scores' distribution without dependence, from so many permutations"),
@@ -195,7 +199,7 @@ DATA = {
 MACHINE = {
     "Device_ids": _flag("13", INDEX, GPU, 0),
     "device_ids": _flag("2", INDEX, GPU, 0),
-    "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (cpu)"),
+    "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (default: cpu)"),
     "Workers": _flag("13", INDEX, "processes that read images which do not fit into memory", min(8, os.cpu_count())),
     "Amp": _flag("13", None, "train in bfloat16 where safe (default: on GPUs that have it)", **SWITCH),
     "Compile": _flag("13", None, "train through torch.compile: slow to start, then faster on GPUs", **ON),
@@ -228,7 +232,8 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
     """
     global _stage
     _stage = str(stage)
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(usage="%(prog)s [--FLAG VALUE ...]", description=doc, formatter_class=raw, allow_abbrev=False)
     for title, flags in HELP.items():
         group = parser.add_argument_group(title)
         for name, flag in flags.items():
@@ -376,17 +381,9 @@ def start_run(
     known : what else its record holds from the beginning
     mask : of a pruned network
     """
-    files = [
-        source for source in (getattr(args, "Weights", None), getattr(args, "Init", None)) if source != "torchvision"
-    ]
-    identity = {"inputs": records.checksums(*filter(None, files)), "data": images.describe()}
-    record = {
-        "stage": args.stage,
-        "arguments": recorded(args),
-        **identity,
-        **records.code_of(args.script),
-        **(known or {}),
-    }
+    given = [source for flag in ("Weights", "Init") if isinstance(source := getattr(args, flag, None), Path)]
+    record = {"stage": args.stage, "arguments": recorded(args), "inputs": records.checksums(*given)}
+    record |= {"data": images.describe(), **records.code_of(args.script), **(known or {})}
     if mask is not None:
         parallel.assert_in_sync(mask)
     options = {"seed": args.Seed + rerun, "select": args.Select, "resume": args.Resume, "mask": mask}
@@ -434,12 +431,8 @@ def scoring_options(args: argparse.Namespace, **more) -> dict:
         if not torch.cuda.is_available():
             raise InputError("--device cuda: this machine has no CUDA GPU")
         given["device"] = f"cuda:{args.device_ids}"
-    return {
-        **({"precision": "single"} if args.estimator == "kde" else {}),
-        **options,
-        **given,
-        **{k: v for k, v in more.items() if v is not None},
-    }
+    default = {"precision": "single"} if args.estimator == "kde" else {}
+    return {**default, **options, **given, **{name: value for name, value in more.items() if value is not None}}
 
 
 @dataclass(frozen=True)

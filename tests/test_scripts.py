@@ -413,7 +413,7 @@ class TestIdentity:
     def test_edited_code(self, folder, tmp_path, call_in, file):
         flags = [STAGE1, *TRAIN, "--Save_dir", tmp_path / "out"]
         call_in(folder, *flags)
-        self.edit(folder / file, "import ", "# a comment\nimport ") if file == STAGE1 else None
+        self.edit(folder / file, "\n\n\n", "\n\n# a comment\n\n\n")
         assert "is complete already" in call_in(folder, *flags)
         old, new = ("Dropout(0.2)", "Dropout(0.5)") if file == "model.py" else ("args.Label_smoothing", "0.1")
         self.edit(folder / file, old, new)
@@ -449,9 +449,9 @@ class TestIdentity:
     def test_scores_of_a_checkpoint_that_was_made_anew(self, base, tmp_path, call):
         """The scores lie there, the checkpoint is another one now."""
         scores = [f"{kind}_cmi_fc1.weight_fc2.weight.npy" for kind in ("I_parent", "Labels", "Labels_children")]
-        copies(base / "1", tmp_path, ["logits_best.pkl"])
-        copies(base / "0", tmp_path, scores)
-        score = [STAGE2, *SCORE, "--split_half", "--weights_dir", tmp_path, "--key_id", "0"]
+        copies(base / "1", tmp_path / "0", ["logits_best.pkl"])
+        copies(base / "0", tmp_path / "0", scores)
+        score = [STAGE2, *SCORE, "--split_half", "--weights_dir", tmp_path / "0", "--key_id", "0"]
         assert "logits_best.pkl; name another --name_postfix, or remove it" in call(*score, code=2)
 
 
