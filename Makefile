@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 
-.PHONY: demo test soak audit lint bench experiments collect tables
+.PHONY: demo test test-all soak audit lint bench experiments collect tables
 
 demo: .venv/ready
 	PYTHON=$(BIN)/python mlp/demo.sh
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/ready
+	$(PYTEST)
 
 soak: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns.py --kills 100 --flips 5000 --fuzz 50000 --record results/soak.json

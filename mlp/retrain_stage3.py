@@ -23,9 +23,8 @@ from common.training import evaluate, make_optimizer, make_schedule, set_dropout
 
 
 def prune(args, network, plan, seed):
-    ranks = rank(
-        args.Criterion, network, plan.blocks, plan.scores, seed
-    )  # by layer, one for every block; the lowest go
+    """Blocks are ranked, by layer one value each; the lowest go."""
+    ranks = rank(args.Criterion, network, plan.blocks, plan.scores, seed)
     kept = select_blocks(ranks, plan.blocks, plan.sparsity, plan.max_sparsity, like=plan.like, balanced=args.Even)
     return Mask.of_blocks(kept, plan.blocks, network)
 

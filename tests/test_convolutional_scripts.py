@@ -25,7 +25,9 @@ PAIRS = {  # of each network two that stage 3 prunes: key_ids
 }
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONAL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "resnet56" else pytest.mark.slow) for n in CONVOLUTIONAL]
+)
 def test_three_stages(photographs, tmp_path, name):
     model, data = model_of(name), ["--Data_dir", photographs]
     train = [*data, *SMALL[TREE[name]].split(), "--Epoch", 1, "--Lr", 0.01, "--Val_size", 4]
@@ -53,6 +55,7 @@ def test_three_stages(photographs, tmp_path, name):
     assert record(path)["pruned_percent_masked_layers"] == pytest.approx(50, abs=1.6)
 
 
+@pytest.mark.slow
 def test_all_pairs_in_one_pass_are_the_same_as_one_by_one(photographs, tmp_path, call_in):
     """And finished pairs are not scored again."""
     train = [*SMALL["cifar10"].split(), "--Data_dir", photographs, "--Epoch", 1, "--Select", "last"]
@@ -109,6 +112,7 @@ def test_bad_input_is_one_line_and_code_2(photographs, tmp_path, call_in, name, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_weights(photographs, tmp_path):
     """Bit for bit, with batch norm, momentum, augmentation, a schedule and masks, after SIGKILL between epochs."""
     train = [*SMALL["cifar10"].split(), "--Data_dir", photographs, "--Epoch", 4, "--Milestones", 1, 3]
@@ -137,6 +141,7 @@ def torchrun(folder, *flags):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     """All three stages' figures and weights agree to rounding, for a network without randomness of its own."""
     net = editable(tmp_path / "repository", "mlp")
@@ -157,6 +162,7 @@ def test_two_processes_train_as_one_does(tmp_path):
         assert record(paths[0])["test"]["loss"] == pytest.approx(record(paths[1])["test"]["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_with_batch_norm(photographs, tmp_path):
     """Between CPUs every process norms its own part; the saved network is whole and its figures are of all images."""
     train = [*SMALL["cifar10"].split(), "--Data_dir", photographs, "--Epoch", 1, "--Select", "last"]
@@ -166,6 +172,7 @@ def test_two_processes_with_batch_norm(photographs, tmp_path):
     assert record(path)["data"]["train"] == 48
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "imagenet-sample"])
 def test_real_data(tmp_path, name):
     """A few classes, where the data are there."""

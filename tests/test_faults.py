@@ -30,6 +30,7 @@ def call(call_in):
     return partial(call_in, "mlp")
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_every_stage_ends_with_the_same_bytes():
     command = [sys.executable, "tests/campaigns.py", "--kills", "3"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
@@ -88,6 +89,7 @@ def test_two_processes_do_not_write_one_file(tmp_path, call):
     assert not list(tmp_path.rglob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_ctrl_c_stops_at_once_and_the_same_command_goes_on(tmp_path, stage):
     folder, out = tmp_path / "base" / "0", tmp_path / ("out" if stage == "3" else "base") / "0"
@@ -119,6 +121,7 @@ def test_ctrl_c_stops_at_once_and_the_same_command_goes_on(tmp_path, stage):
         assert record(best)["status"] == "running"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("disk", "reason"), [("size=1m", "No space left on device"), ("ro", "Read-only file system")])
 def test_a_disk_that_takes_nothing_more_is_one_line(tmp_path, disk, reason):
     """A small disk in memory, seen by this command alone."""
@@ -134,6 +137,7 @@ def test_a_disk_that_takes_nothing_more_is_one_line(tmp_path, disk, reason):
     assert reason in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [2_000, 1_000_000])
 def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path, limit):
     """A limit on the size of files stands in for it: writing fails in the same call."""

@@ -226,6 +226,7 @@ def test_finished_runs_are_not_repeated_and_not_overwritten(base, tmp_path, call
     assert path.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_killed_stage_2_goes_on_to_the_same_bytes(base, tmp_path):
     """Killed after the first note of its progress; the scores are those of an undisturbed run."""
     for name in ("undisturbed", "killed"):
