@@ -51,13 +51,9 @@ def array_bytes(array: np.ndarray) -> bytes:
 
 
 def read_checked(path: Path, record: Path, remedy: str) -> bytes:
-    """The content of a file after comparing its checksum with its record, where there is one.
+    """The content of a file, compared with the checksum in its record; a file from elsewhere has none.
 
-    Parameters
-    ----------
-    path : the file
-    record : the JSON file that may hold the file's checksum; a file from elsewhere has none and is read unchecked
-    remedy : what to run to get the file, for error messages
+    `remedy` says in error messages what to run to get the file.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist; {remedy}")
@@ -74,7 +70,6 @@ def load_checkpoint(path: Path, *, foreign: bool = False, finished: bool = False
 
     Parameters
     ----------
-    path : the file
     foreign : also take what other programs write: weights alone or under another name, names with a prefix
     finished : refuse a file whose record says that the run is not complete
     """

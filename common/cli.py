@@ -9,9 +9,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 from urllib.error import URLError
 
 import numpy as np
@@ -25,7 +26,7 @@ from common.data import Data, load
 from common.datasets import DATASETS, torchvision
 from common.errors import Diverged, InputError, reason
 from common.files import ROOT, display_path, file_lock, under_results
-from common.masks import Blocks, Mask, contiguous_blocks, weight_count
+from common.masks import CRITERIA, Blocks, Mask, contiguous_blocks, weight_count
 from common.runs import Run, trained_on
 from common.scoring import LayerPair
 from common.training import OPTIMIZERS, SCHEDULES, set_dropout
@@ -35,9 +36,8 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
     """An argparse type: a finite number from `low` (or above it) to `high`."""
 
     def parse(text: str):
-        legal = f"{'above' if above else 'at least'} {low:g}" + (
-            f" and at most {high:g}" if high != float("inf") else ""
-        )
+        most = f" and at most {high:g}" if high != float("inf") else ""
+        legal = f"{'above' if above else 'at least'} {low:g}{most}"
         name = {int: "a whole number", float: "a number"}[kind]
         try:
             value = kind(text)
@@ -50,18 +50,16 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
     return parse
 
 
-def results_path(text: str) -> Path:
-    """An argparse type: a path, under `results/` if it is relative."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return under_results(text)
-
-
 def folder(text: str) -> Path:
     """An argparse type: a path, from where the script is run."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)
+
+
+def results_path(text: str) -> Path:
+    """An argparse type: a path, under `results/` if it is relative."""
+    return under_results(folder(text))
 
 
 def plain_name(text: str) -> str:
@@ -128,22 +126,13 @@ EVERYDAY = {
     "Retrain": _flag("3", results_path, "the checkpoint to prune"),
     "Prune_per": _flag("3", SHARE, "the pruned share itself, instead of the grid and KEY_ID"),
     "Prune_of_network": _flag("3", None, "pruned shares are of all weights, not of the masked layers'", **ON),
-    "Criterion": _flag(
-        "3", ("cmi", "cmi-magnitude", "random", "magnitude"), "what ranks the blocks; see the README", "cmi"
-    ),
+    "Criterion": _flag("3", CRITERIA, "what ranks the blocks; see the README", "cmi"),
 }
 PRUNING = {
-    "children_key": _flag(
-        "3",
-        None,
-        "the child layer of each pair, whose weights are pruned (default: the MAX_SPARSITY of model.py)",
-        **MANY,
-    ),
-    "parent_key": _flag("3", None, "the parent layer of each pair (default: the children's)", **MANY),
+    "children_key": _flag("3", None, "the layers that are pruned (default: the MAX_SPARSITY of model.py)", **MANY),
+    "parent_key": _flag("3", None, "what each of them reads (default: by PAIRS of model.py)", **MANY),
     "parent_clusters": _flag("23", COUNT, f"number of groups of parents: {BY_LAYER}", **MANY),
-    "children_clusters": _flag(
-        "23", COUNT, f"number of groups of children; the last layer keeps its classes: {BY_LAYER}", **MANY
-    ),
+    "children_clusters": _flag("23", COUNT, f"the same of children, in the last layer the classes: {BY_LAYER}", **MANY),
     "grouping": _flag("2", ("index", "correlation"), "units of a group: neighbours (default), or those that correlate"),
     "lower_prune_per": _flag("3", SHARE, "start of the grid of pruned shares"),
     "upper_prune_per": _flag("3", SHARE, "end of the grid of pruned shares"),
@@ -152,14 +141,10 @@ PRUNING = {
     "Even": _flag("3", None, "spread the kept blocks evenly over child and parent groups", **SWITCH),
     "Refit": _flag("3", None, "refit the kept weights by least squares before retraining", **SWITCH),
     "Samples_per_class": _flag("3", COUNT, "training images of each class to refit with"),
-    "Retrain_mask": _flag(
-        "3", results_path, "DIR/I_parent_<postfix>.npy, for the scores of all pairs (cmi: beside RETRAIN)"
-    ),
+    "Retrain_mask": _flag("3", results_path, "DIR/I_parent_<postfix>.npy: the scores (cmi: beside RETRAIN)"),
     "Labels_file": _flag("3", results_path, "DIR/Labels_<postfix>.npy (default: beside the scores)"),
     "Labels_children_file": _flag("3", results_path, "DIR/Labels_children_<postfix>.npy (default: beside the scores)"),
-    "given": _flag(
-        "2", ("rest", "kept"), "gaussian: given all other parents (default), or those left as the least go one by one"
-    ),
+    "given": _flag("2", ("rest", "kept"), "gaussian: given all other parents (default), or those not yet pruned"),
     "width": _flag(
         "2", POSITIVE, f"kde: kernel width in square roots of the number of parent units (default: {kde.WIDTH})"
     ),
@@ -178,9 +163,7 @@ RECIPE = {
     "Warm_up": _flag("13", SHARE, "one-cycle: share of the epochs in which the learning rate rises", 0.3),
     "Label_smoothing": _flag("13", number(float, 0, 0.99), "share of every label that is spread over all classes", 0.0),
     "Dropout": _flag("13", number(float, 0, 0.99), "rate of all dropout layers (default: model.py's)"),
-    "Weights": _flag(
-        "1", weights_source, "do not train: evaluate and write the weights of this file, or 'torchvision'"
-    ),
+    "Weights": _flag("1", weights_source, "do not train: evaluate and write this file's weights, or 'torchvision'"),
     "Init": _flag("1", weights_source, "start from the weights of this file, or 'torchvision'"),
 }
 DATA = {
@@ -221,15 +204,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse a script's flags and refuse what cannot be, before any work starts.
-
-    Parameters
-    ----------
-    script, doc : the script's file and docstring
-    model : the folder's model.py, whose values are the flags' defaults
-    stage : 1, 2 or 3
-    argv : default: the command line
-    """
+    """Parse a script's flags, whose defaults are the values of its model.py, and refuse what cannot be."""
     global _stage
     _stage = str(stage)
     raw = argparse.RawDescriptionHelpFormatter
@@ -291,15 +266,15 @@ def _check_training(args: argparse.Namespace, model: ModuleType) -> None:
         raise InputError("--Val_size 0 leaves nothing to choose the best epoch by; give a size, or --Select test")
     if args.Dropout is not None:
         set_dropout(model.build(args.Dims), args.Dropout)
-    if args.stage == 1:
-        if args.Weights and args.Init:
-            raise InputError("--Weights and --Init: the one trains nothing, the other starts a training; give one")
-        args.Epoch = 0 if args.Weights else args.Epoch
+    if args.stage == 1 and args.Weights and args.Init:
+        raise InputError("--Weights and --Init: the one trains nothing, the other starts a training; give one")
+    if args.stage == 1 and args.Weights:
+        args.Epoch = 0
 
 
 def _check_scoring(args: argparse.Namespace, model: ModuleType) -> None:
     every = range(len(model.PAIRS))
-    args.key_ids = list(every) if args.key_id == "all" else [in_range("key_id", args.key_id, model.PAIRS)]
+    args.key_ids = list(every) if args.key_id == "all" else [in_range(args.key_id, model.PAIRS)]
     resolve_groups(args, [model.PAIRS[k][1] for k in args.key_ids], model.GROUPS)
     scoring_options(args)
 
@@ -308,8 +283,7 @@ def _check_pruning(args: argparse.Namespace, model: ModuleType) -> None:
     _check_training(args, model)
     pruned_share(args)
     resolve_pairs(args, model.PAIRS, model.GROUPS, model.MAX_SPARSITY)
-    source = args.Retrain.parent
-    if args.Save_dir in (source, source.parent):
+    if args.Save_dir in args.Retrain.parents[:2]:
         where = display_path(args.Save_dir)
         raise InputError(f"--Save_dir {where} holds the checkpoint that is pruned; name another directory")
     if not args.Refit:
@@ -345,8 +319,8 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None = None) -> Data:
     for name, now in trained_on(data).items():
         before = (checkpoint or {}).get(name, now)
         if before != now:
-            shown = f"`{name}` {_shown(now)}: the checkpoint was trained with {_shown(before)}"
-            raise InputError(f"{shown}; use the same")
+            trained = f"the checkpoint was trained with {_shown(before)}"
+            raise InputError(f"`{name}` {_shown(now)}: {trained}; use the same")
     chooses = {"val": data.val, "last": None, "test": data.test}
     return replace(data, selection=chooses[args.Select]) if args.stage != 2 else data
 
@@ -372,15 +346,7 @@ def load_given(args: argparse.Namespace, network: nn.Module, model: ModuleType) 
 def start_run(
     args: argparse.Namespace, rerun: int, name: str, images: Data, known: dict | None = None, mask: Mask | None = None
 ) -> contextlib.AbstractContextManager[Run]:
-    """A run of stage 1 or 3, alone with its files; its `finished` says that it is complete already.
-
-    Parameters
-    ----------
-    rerun : its number, from 0
-    name : of the checkpoint of the epoch that is kept
-    known : what else its record holds from the beginning
-    mask : of a pruned network
-    """
+    """A run of stages 1 and 3 that writes the checkpoint `name`, with what else is `known` of it; see `runs.Run`."""
     given = [source for flag in ("Weights", "Init") if isinstance(source := getattr(args, flag, None), Path)]
     record = {"stage": args.stage, "arguments": recorded(args), "inputs": records.checksums(*given)}
     record |= {"data": images.describe(), **records.code_of(args.script), **(known or {})}
@@ -413,7 +379,7 @@ def pending_pairs(
             record = {"stage": 2, "arguments": arguments, **known}
             locks.enter_context(file_lock(paths[0]))
             if not records.is_complete(paths[0], record, "name another --name_postfix, or remove it"):
-                todo.append(LayerPair(parent, child, blocks, paths, record))
+                todo.append(LayerPair(child, blocks, paths, record))
         yield todo
         if len(args.key_ids) > 1:
             print(f"{args.weights_dir}: scores of {len(args.key_ids)} layer pairs are complete")
@@ -435,25 +401,15 @@ def scoring_options(args: argparse.Namespace, **more) -> dict:
     return {**default, **options, **given, **{name: value for name, value in more.items() if value is not None}}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What stage 3 is asked to prune.
-
-    Attributes
-    ----------
-    blocks : by child layer
-    scores : by child layer, (H, G); None without
-    sparsity, max_sparsity : share of the masked layers' weights to prune, and at most of each layer
-    like : scores whose share of every layer a control takes over, if there are any
-    known : entries of the record
-    """
+class Plan(NamedTuple):
+    """What stage 3 is asked to prune; blocks and scores (H, G) by child layer."""
 
     blocks: dict[str, Blocks]
     scores: dict[str, np.ndarray] | None
-    sparsity: float
-    max_sparsity: list[float]
-    like: dict[str, np.ndarray] | None
-    known: dict
+    like: dict[str, np.ndarray] | None  # scores whose share of every layer a control takes over
+    sparsity: float  # of the masked layers together
+    max_sparsity: list[float]  # of each
+    known: dict  # entries of the record
 
 
 def pruning_plan(args: argparse.Namespace, network: nn.Module, model: ModuleType) -> Plan:
@@ -474,7 +430,7 @@ def pruning_plan(args: argparse.Namespace, network: nn.Module, model: ModuleType
         known["scores"] = {flag: made["arguments"][flag] for flag in how if made["arguments"].get(flag)}
     scores = scores if families else None
     like = None if args.Criterion.startswith("cmi") else scores
-    return Plan(blocks, scores, sparsity, args.upper_prune_limit, like, known)
+    return Plan(blocks, scores, like, sparsity, args.upper_prune_limit, known)
 
 
 def score_families(args: argparse.Namespace) -> list[Path]:
@@ -485,9 +441,7 @@ def score_families(args: argparse.Namespace) -> list[Path]:
             return []
         mask = args.Retrain.with_name("I_parent_cmi.npy")
     if not (mask.name.startswith("I_parent_") and mask.name.endswith(".npy")):
-        raise InputError(
-            f"--Retrain_mask {mask.name}: must be I_parent_<postfix>.npy, the name that stage 2 gives to scores"
-        )
+        raise InputError(f"--Retrain_mask {mask.name}: must be I_parent_<postfix>.npy, as stage 2 names scores")
     beside = artifacts.score_paths(mask.parent, mask.name.removeprefix("I_parent_").removesuffix(".npy"))
     return [mask, args.Labels_file or beside[1], args.Labels_children_file or beside[2]]
 
@@ -496,8 +450,7 @@ def share_of_masked(args: argparse.Namespace, share: float, network: nn.Module, 
     """The pruned share of the masked layers: the one asked for, which may be of all weights."""
     if not args.Prune_of_network:
         return share
-    weights = weight_count(network)
-    masked = sum(b.weights.sum() for b in blocks.values())
+    weights, masked = weight_count(network), sum(b.weights.sum() for b in blocks.values())
     if share * weights > masked:
         raise InputError(f"{100 * share:g} % of the network: the masked layers hold {100 * masked / weights:.2f} %")
     return float(share * weights / masked)
@@ -513,33 +466,25 @@ def pruned_share(args: argparse.Namespace) -> float:
         raise InputError(f"--lower_prune_per {args.lower_prune_per} is above --upper_prune_per {args.upper_prune_per}")
     steps = int((args.upper_prune_per - args.lower_prune_per) / args.prune_per_step + 1e-9)
     grid = [round(args.lower_prune_per + k * args.prune_per_step, 9) for k in range(steps + 1)]
-    return grid[in_range("key_id", args.key_id, grid)]
+    return grid[in_range(args.key_id, grid)]
 
 
 def resolve_pairs(args: argparse.Namespace, pairs: list[tuple[str, str]], groups: dict, max_sparsity: dict) -> None:
-    """Put the layer pairs that stage 3 prunes, their numbers of groups and their limits into the arguments.
-
-    Parameters
-    ----------
-    pairs : (parent, child) of all layers
-    groups : default numbers of parent and child groups, by child
-    max_sparsity : default largest pruned share, by child; these layers are pruned unless others are named
-    """
-    parents = {child: parent for parent, child in pairs}
+    """Put the layer pairs that stage 3 prunes, their numbers of groups and their limits into the arguments."""
     args.children_key = args.children_key or list(max_sparsity)
+    parents = {child: parent for parent, child in pairs}
     args.parent_key = args.parent_key or [parents.get(child, "?") for child in args.children_key]
     if len(args.parent_key) != len(args.children_key):
-        raise InputError(
-            f"--parent_key has {len(args.parent_key)} values, --children_key {len(args.children_key)}: give pairs"
-        )
+        counts = f"--parent_key has {len(args.parent_key)} values, --children_key {len(args.children_key)}"
+        raise InputError(f"{counts}: give pairs")
     for pair in zip(args.parent_key, args.children_key, strict=True):
         if pair not in pairs:
             raise InputError(f"--parent_key {pair[0]} --children_key {pair[1]} is no layer pair; legal: {_list(pairs)}")
     if len(set(args.children_key)) < len(args.children_key):
         raise InputError("--children_key names a layer twice")
     resolve_groups(args, args.children_key, groups)
-    default = [max_sparsity.get(child, 1.0) for child in args.children_key]
-    args.upper_prune_limit = one_per_pair("upper_prune_limit", args.upper_prune_limit or default, len(default))
+    limits = args.upper_prune_limit or [max_sparsity.get(child, 1.0) for child in args.children_key]
+    args.upper_prune_limit = one_per_pair("upper_prune_limit", limits, len(args.children_key))
 
 
 def resolve_groups(args: argparse.Namespace, children: list[str], groups: dict[str, tuple[int, int]]) -> None:
@@ -549,10 +494,10 @@ def resolve_groups(args: argparse.Namespace, children: list[str], groups: dict[s
         setattr(args, flag, one_per_pair(flag, given, len(children)))
 
 
-def in_range(flag: str, index: int, choices: list) -> int:
-    """The index, if it is one of a list's."""
+def in_range(index: int, choices: list) -> int:
+    """What --key_id counts, if it is there."""
     if index >= len(choices):
-        raise InputError(f"--{flag} {index} is out of range; legal: {_list(choices)}")
+        raise InputError(f"--key_id {index} is out of range; legal: {_list(choices)}")
     return index
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from common.cmi.inputs import check_samples, standardise
 from common.errors import InputError
 
+CRITERIA = ("cmi", "cmi-magnitude", "random", "magnitude")
+
 
 def contiguous_groups(units: int, groups: int) -> np.ndarray:
     """Group label (units,) of every unit: neighbours share a group, sizes differ by at most one, none is left out."""
@@ -40,9 +42,7 @@ class Blocks:
 
     def mean_magnitude(self, weight: Tensor) -> np.ndarray:
         """Mean absolute weight (H, G) of every block of a weight (c, p, ...)."""
-        magnitude = (
-            weight.detach().double().abs().flatten(2).sum(2) if weight.ndim > 2 else weight.detach().double().abs()
-        )
+        magnitude = weight.detach().double().abs().reshape(*weight.shape[:2], -1).sum(2)
         sums = np.zeros((self.child_groups.max() + 1, self.parent_groups.max() + 1))
         np.add.at(sums, np.ix_(self.child_groups, self.parent_groups), magnitude.cpu().numpy())
         return sums / self.weights

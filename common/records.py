@@ -75,16 +75,10 @@ def save(contents: dict[Path, bytes], record: dict) -> None:
 def is_complete(path: Path, record: dict, remedy: str) -> bool:
     """Whether the run that writes this file is done already; says so.
 
-    Parameters
-    ----------
-    path : the first file that the run writes
-    record : what is known of the run before it starts
-    remedy : what to do if the file is of another run, for error messages
-
     Raises
     ------
     InputError
-        If the file or its record is there from another run: it must not be overwritten.
+        If the file or its record is there from another run, with the remedy: it must not be overwritten.
     """
     if not record_path(path).is_file():
         if path.exists():
@@ -99,14 +93,7 @@ def is_complete(path: Path, record: dict, remedy: str) -> bool:
 
 
 def check_same(path: Path, before: dict, now: dict, remedy: str) -> None:
-    """Refuse what another run wrote; where only the code in common/ is another, say so.
-
-    Parameters
-    ----------
-    path : what the run wrote
-    before, now : the record of that run, and of the one that is about to start
-    remedy : what to do, for error messages
-    """
+    """Refuse what another run wrote, by its record before and now; where only common/ is another, say so."""
     for part, describe in DIFFERENCES.items():
         old, new = (_known(record, part) for record in (before, now))
         keys = (old.keys() | new.keys()) if part in ("arguments", "inputs") else (old.keys() & new.keys())

@@ -27,14 +27,14 @@ OTHER_RUN = "name another `save_dir`, or remove it"
 
 @contextlib.contextmanager
 def start(best: Path, record: dict, data: Data, **options) -> Iterator["Run"]:
-    """A run that has its files to itself; see `Run`. Its `finished` says if there is nothing left to do."""
+    """A `Run` that has its files to itself."""
     with file_lock(best):
         parallel.barrier()
         yield Run(best, record, data, **options)
 
 
 class Run:
-    """A training run: `epochs` to loop over, `log` what came out, `finish`.
+    """A training run: `epochs` to loop over, `log` what came out, `finish`; `finished` if that is done already.
 
     Parameters
     ----------
@@ -57,35 +57,25 @@ class Run:
     ) -> None:
         more = {"seed": seed, "epoch_chosen_by": select, "processes": parallel.size()}
         self.record = {**record, **more, **records.environment(data.device)}
-        self.best, self.data, self.seed, self.mask, self.device = best, data, seed, mask, data.device
+        self.best, self.data, self.seed, self.mask = best, data, seed, mask
         self.state_file, self.select, self.resume = best.with_suffix(".state"), select, resume
         self.finished = records.is_complete(best, self.record, OTHER_RUN)
         self.lines, self.kept, self.kept_state, self.highest = [], {"epoch": 0}, None, 0.0
         self.moments, self.start, self.next_save = {}, time.perf_counter(), 0.0
         torch.manual_seed(seed)  # what is drawn from here on, such as a network's first weights
 
-    def place(self, network: nn.Module) -> nn.Module:
-        """The network on the device of the data."""
-        return parallel.place(network, self.device)
-
     def seed_of(self, epoch: int) -> int:
         """What fixes an epoch's randomness."""
         return derived_seed(self.seed, epoch)
 
     def epochs(self, count: int, network: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> Iterator[int]:
-        """Yield the numbers of the epochs that are left, from 1 on or from where a killed run was.
-
-        Parameters
-        ----------
-        count : number of epochs
-        network, optimizer, schedule : put back to where that run was; noted after every epoch
-        """
+        """Yield the epochs that are left, from 1 on or from where a killed run was; the objects go back there."""
         self.parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
         self._restore()
         if count == 0:
             self._keep({"epoch": 0})
         elif not self.lines and parallel.rank() == 0:
-            print(f"{self.best.parent}: seed {self.seed}, {len(self.data.train):,} training images, {self.device}")
+            print(f"{self.best.parent}: seed {self.seed}, {len(self.data.train):,} training images, {self.data.device}")
         for epoch in range(len(self.lines) + 1, count + 1):
             self.epoch, self.began, self.rate = epoch, time.perf_counter(), optimizer.param_groups[0]["lr"]
             torch.manual_seed(self.seed_of(epoch) + parallel.rank())
@@ -97,19 +87,9 @@ class Run:
     def log(self, trained: Metrics, selected: Metrics | None = None, **more: float) -> None:
         """Print and note an epoch's figures, and keep its weights if it may be the best.
 
-        Of the epochs whose accuracy on the held-out images is within a standard error of the highest, the last is kept
-        (Breiman et al., 1984): smaller differences are noise, and the last has learnt longest.
-
-        Parameters
-        ----------
-        trained : of the training images
-        selected : of the images that choose the epoch; None: the last epoch is kept
-        **more : further figures, by name
-
-        Raises
-        ------
-        Diverged
-            If a figure is not finite. What was kept before remains good.
+        `selected` are those of the images that choose the epoch; without them it is the last. Of the epochs whose
+        accuracy on held-out images is within a standard error of the highest, the last is kept (Breiman et al., 1984):
+        smaller differences are noise, and the last has learnt longest. A figure that is not finite raises Diverged.
         """
         line = {"epoch": self.epoch, "lr": self.rate, "train_loss": trained.loss, "train_accuracy": trained.accuracy}
         if selected is not None:
@@ -135,14 +115,7 @@ class Run:
     def finish(self, network: nn.Module, test: Split | FileSplit, *, last: str | None = None) -> dict:
         """Read the test set, once; write the kept epoch's checkpoint and the record, and say what came out.
 
-        Parameters
-        ----------
-        network : holds the kept weights afterwards
-        last : name of a checkpoint of the last epoch, with a record of its own
-
-        Returns
-        -------
-        The record as written.
+        The network holds the kept weights afterwards. The last epoch's go to the file `last`, with a record of its own.
         """
         measured = {}
         if last and self.lines:
@@ -225,11 +198,8 @@ def describe(record: dict) -> str:
     chosen = f"epoch {record['best']['epoch']} by {record['epoch_chosen_by']}"
     if "pruned_percent_network" not in record:
         return f"test accuracy {test['accuracy']:.2f} % (top-5 {test['top5']:.2f} %), {chosen}"
-    early = (
-        f"{record[moment]['accuracy']:.2f} % {moment.removeprefix('test_').replace('_', ' ')}, "
-        for moment in record
-        if moment.startswith("test_")
-    )
+    moments = [moment for moment in record if moment.startswith("test_")]
+    early = (f"{record[m]['accuracy']:.2f} % {m.removeprefix('test_').replace('_', ' ')}, " for m in moments)
     return (
         f"pruned {record['pruned_percent_masked_layers']:.2f} % of the masked layers "
         f"(asked: {record['requested_percent']:.2f} %), {record['pruned_percent_network']:.2f} % of all weights; "

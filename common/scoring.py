@@ -21,35 +21,19 @@ SAVE_EVERY = 5.0  # seconds between two notes of how far the work has come
 
 @dataclass(frozen=True)
 class LayerPair:
-    """A parent and a child layer to be scored.
+    """A child layer whose parents are to be scored."""
 
-    Attributes
-    ----------
-    parent, child : keys of the state_dict
-    blocks : the groups that were asked for
-    paths : of the scores, the parents' labels and the children's labels
-    record : what is known of the run before it starts
-    """
-
-    parent: str
-    child: str
-    blocks: Blocks
-    paths: tuple[Path, Path, Path]
-    record: dict
+    child: str  # key of the state_dict
+    blocks: Blocks  # the groups that were asked for
+    paths: tuple[Path, Path, Path]  # of the scores, the parents' labels and the children's labels
+    record: dict  # what is known of the run before it starts
 
     def estimator(self, blocks: Blocks, **options) -> "Estimator":
         """What estimates the scores of these groups, with options of `layer_cmi`."""
         return Estimator(self.paths[0].with_suffix(".state"), blocks, options)
 
     def save(self, estimate: "Estimator", scores: np.ndarray, figures: dict, arrays: dict[str, np.ndarray]) -> None:
-        """Write scores, labels and record, and print what the scores are like.
-
-        Parameters
-        ----------
-        estimate : what made the scores
-        scores : (H, G)
-        figures, arrays : what else is known of them, as `uncertainty` returns it
-        """
+        """Write scores (H, G), labels, record and what `uncertainty` found; print what the scores are like."""
         blocks, (path, *_) = estimate.blocks, self.paths
         contents = dict(zip(self.paths, (scores, blocks.parent_groups, blocks.child_groups), strict=True))
         contents |= {artifacts.sibling(path, kind): array for kind, array in arrays.items()}
@@ -112,9 +96,7 @@ def uncertainty(
     Parameters
     ----------
     estimate : what made the scores, from (n, c) and (n, p) activations
-    split_half : also measure how well two halves of the rows agree
-    bootstrap : number of subsamples for a standard error of every score; None: none
-    null : number of permutations for the distribution of each child group's scores without dependence; None: none
+    split_half, bootstrap, null : whether and how often to do what the functions below do
 
     Returns
     -------

@@ -65,7 +65,7 @@ def train_epoch(
 
     Returns
     -------
-    Mean loss and accuracy of every image as it was when it was trained on.
+    Metrics of every image as it was when it was trained on.
     """
     network.train()
     device = next(network.parameters()).device
@@ -96,14 +96,10 @@ def make_optimizer(name: str, parameters, lr: float, weight_decay: float, nester
 def make_schedule(
     optimizer: Optimizer, name: str, epochs: int, steps: int, milestones: list[int], gamma: float, warm_up: float
 ) -> LRScheduler:
-    """A learning-rate schedule of torch that is moved once per batch.
+    """A learning-rate schedule of torch that is moved once per batch, `steps` times an epoch.
 
-    Parameters
-    ----------
-    name : "steps": times `gamma` after each of the `milestones`; "cosine": falls to 0 along half a wave; "one-cycle":
-        rises to the optimizer's rate in the share `warm_up` of all batches, then falls to 0 (Smith and Topin, 2018)
-    epochs, steps : number of epochs, and of batches in each
-    milestones : in epochs
+    "steps": times `gamma` after each of the `milestones`, in epochs; "cosine": falls to 0 along half a wave;
+    "one-cycle": rises to the optimizer's rate in the share `warm_up` of all batches, then falls (Smith, 2018).
     """
     total = max(1, epochs * steps)
     if name == "cosine":

@@ -3,10 +3,9 @@
     python pruning_1b.py --key_id all --data_dir /path/to/imagenet
 
 key_id k is PAIRS[k] of model.py: 0 is (conv1, layer1.0.conv1), ..., 52 is (layer4.2.conv3, fc); "all" scores every pair
-after one pass over the images. Reads logits_best.pkl from --weights_dir and images of the training split. Writes beside
-the checkpoint: I_parent_<postfix>_<parent>_<child>.npy, the conditional mutual information of every group of the child
-layer with every group of the parent layer, which is what the child reads, given all other parents; the groups' labels;
-a record. Run again, it goes on where it was killed.
+in one pass over the images. Reads --weights_dir/logits_best.pkl and training images. Writes there
+I_parent_<postfix>_<parent>_<child>.npy (conditional mutual information of every child group with every parent group
+given all other parents), the groups' labels and a record. Run again, it goes on where it was killed.
 """
 
 import sys

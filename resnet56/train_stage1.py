@@ -22,7 +22,7 @@ from common.training import evaluate, make_optimizer, make_schedule, set_dropout
 def train(args, images, run):
     network = set_dropout(model.build(args.Dims), args.Dropout)
     cli.load_given(args, network, model)  # the weights of --Weights or --Init, if there are any
-    network = run.place(network)
+    network = parallel.place(network, images.device)
     optimizer = make_optimizer(args.Opt, network.parameters(), args.Lr, args.Weight_decay, args.Nesterov)
     steps = images.train.steps(args.Batch_size)
     schedule = make_schedule(optimizer, args.Schedule, args.Epoch, steps, args.Milestones, args.Gamma, args.Warm_up)

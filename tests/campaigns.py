@@ -219,6 +219,19 @@ class Code:
         return open, (str(self.canary), "w")
 
 
+def saved(value, **options) -> bytes:
+    """What torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **options)
+    return buffer.getvalue()
+
+
+def numpy_file(header: str, content: bytes = b"") -> bytes:
+    """An .npy file with any header."""
+    text = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content
+
+
 def hostile(folder: Path, canary: Path) -> dict[str, tuple[Path, object]]:
     """Files that others might send, by what they try, and what reads them; none has a record."""
 
@@ -234,15 +247,6 @@ def hostile(folder: Path, canary: Path) -> dict[str, tuple[Path, object]]:
     def file(name: str, content: bytes) -> Path:
         (folder / name).write_bytes(content)
         return folder / name
-
-    def saved(value, **options) -> bytes:
-        buffer = io.BytesIO()
-        torch.save(value, buffer, **options)
-        return buffer.getvalue()
-
-    def numpy_file(header: str, content: bytes = b"") -> bytes:
-        text = header.encode().ljust(117) + b"\n"
-        return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content
 
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -421,25 +425,7 @@ def fuzz_flags(count: int, seed: int = 0) -> dict:
     How many were taken, how many refused with one line and exit code 2, and how many ended otherwise (must be 0).
     """
     rng, found = np.random.default_rng(seed), {"tried": 0, "taken": 0, "refused": 0, "other_ends": 0}
-    words = [
-        "",
-        "0",
-        "1",
-        "-1",
-        "0.5",
-        "1e400",
-        "nan",
-        "-inf",
-        "x",
-        "--",
-        "-",
-        "=",
-        "../..",
-        "\0",
-        "é" * 300,
-        "MNIST",
-        "cmi",
-    ]
+    words = ["", "\0", "é" * 300, *"0 1 -1 0.5 1e400 nan -inf x -- - = ../.. MNIST cmi".split()]
     names = [f"--{name}" for name in cli.FLAGS] + ["--", "--no-Nesterov", "--no-Resume", "--unknown", "-x", "--help=1"]
     for _ in range(count):
         argv = [str(rng.choice(names if rng.random() < 0.5 else words)) for _ in range(rng.integers(1, 8))]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import records, runs
+from common import parallel, records, runs
 from common.data import Data, Split
 from common.errors import Diverged, InputError
 from common.masks import Mask
@@ -38,7 +38,7 @@ def begin(folder, data, record=IDENTITY, **options):
 
 def train(run, data, epochs=4, lr=0.1, stop=None, mask=None):
     """What a stage script does; killed before the end of epoch `stop`."""
-    network = run.place(convolutional())
+    network = parallel.place(convolutional(), data.device)
     optimizer = make_optimizer("sgd", network.parameters(), lr, 1e-4, True)
     if mask is not None:
         mask.apply(network)
