@@ -193,7 +193,7 @@ HELP = {
 }  # fmt: skip
 FLAGS = {name: flag for group in HELP.values() for name, flag in group.items()}
 # Not recorded: what makes no difference to the result; what is younger than the first records and as it was then.
-UNRECORDED = {"stage", "script", "cores", "Expt_rerun", "Device_ids", "device_ids", "Data_dir", "data_dir", "Workers"}
+UNRECORDED = {"stage", "code", "cores", "Expt_rerun", "Device_ids", "device_ids", "Data_dir", "data_dir", "Workers"}
 UNRECORDED |= {"Resume", "key_ids"}
 AS_EVER = {"Schedule": "steps", "Warm_up": 0.3, "Label_smoothing": 0.0}
 
@@ -215,7 +215,7 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
             if _stage in flag["stages"]:
                 group.add_argument(f"--{name}", **_options(name, flag, _defaults(model, stage)))
     args = parser.parse_args(argv)
-    args.stage, args.script = stage, Path(script).resolve()
+    args.stage, args.code = stage, records.code_of(Path(script).resolve())
     {1: _check_training, 2: _check_scoring, 3: _check_pruning}[stage](args, model)
     return args
 
@@ -349,7 +349,7 @@ def start_run(
     """A run of stages 1 and 3 that writes the checkpoint `name`, with what else is `known` of it; see `runs.Run`."""
     given = [source for flag in ("Weights", "Init") if isinstance(source := getattr(args, flag, None), Path)]
     record = {"stage": args.stage, "arguments": recorded(args), "inputs": records.checksums(*given)}
-    record |= {"data": images.describe(), **records.code_of(args.script), **(known or {})}
+    record |= {"data": images.describe(), **args.code, **(known or {})}
     if mask is not None:
         parallel.assert_in_sync(mask)
     options = {"seed": args.Seed + rerun, "select": args.Select, "resume": args.Resume, "mask": mask}
@@ -366,7 +366,7 @@ def pending_pairs(
     args: argparse.Namespace, network: nn.Module, model: ModuleType, images: Data
 ) -> Iterator[list[LayerPair]]:
     """The layer pairs that stage 2 is asked for and that are not scored yet, alone with their files."""
-    known = {"inputs": records.checksums(weights_path(args)), "data": images.describe(), **records.code_of(args.script)}
+    known = {"inputs": records.checksums(weights_path(args)), "data": images.describe(), **args.code}
     known |= records.environment(images.device)
     families, todo = artifacts.score_paths(args.weights_dir, args.name_postfix), []
     with contextlib.ExitStack() as locks:
