@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import NamedTuple
 from urllib.error import URLError
 
+import joblib
 import numpy as np
 import torch
 from torch import nn
@@ -87,8 +88,10 @@ class Switch(argparse.BooleanOptionalAction):
         self.help = help
 
 
-COUNT, SHARE, INDEX = number(int, 1), number(float, 0, 1), number(int, 0)
+MOST = 2**31 - 1
+COUNT, SHARE, INDEX = number(int, 1, MOST), number(float, 0, 1), number(int, 0, MOST)
 POSITIVE = number(float, 0, above=True)
+CORES = joblib.cpu_count()  # that this process may use
 MANY, GPU = {"nargs": "+"}, "number of the CUDA GPU to use, if there is any; under torchrun each process has its own"
 BY_LAYER = "one for all pairs, or one per pair (default: model.py's, by layer)"
 CLASSES = (
@@ -122,7 +125,7 @@ EVERYDAY = {
     "data_dir": {"stages": "2", **DATA_DIR},
     "samples_per_class": _flag("2", COUNT, "training images of each class to score with"),
     "estimator": _flag("2", tuple(ESTIMATORS), "estimator of the conditional mutual information", "kde"),
-    "cores": _flag("2", COUNT, "parallel workers", os.cpu_count()),
+    "cores": _flag("2", COUNT, "parallel workers", CORES),
     "Retrain": _flag("3", results_path, "the checkpoint to prune"),
     "Prune_per": _flag("3", SHARE, "the pruned share itself, instead of the grid and KEY_ID"),
     "Prune_of_network": _flag("3", None, "pruned shares are of all weights, not of the masked layers'", **ON),
@@ -180,10 +183,10 @@ DATA = {
     "model": _flag("2", None, "the network of this folder"),
 }
 MACHINE = {
-    "Device_ids": _flag("13", INDEX, GPU, 0),
-    "device_ids": _flag("2", INDEX, GPU, 0),
+    "Device_ids": _flag("13", INDEX, GPU, [0], **MANY),
+    "device_ids": _flag("2", INDEX, GPU, [0], **MANY),
     "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (default: cpu)"),
-    "Workers": _flag("13", INDEX, "processes that read images which do not fit into memory", min(8, os.cpu_count())),
+    "Workers": _flag("13", number(int, 0, 1024), "processes that read images that are not in memory", min(8, CORES)),
     "Amp": _flag("13", None, "train in bfloat16 where safe (default: on GPUs that have it)", **SWITCH),
     "Compile": _flag("13", None, "train through torch.compile: slow to start, then faster on GPUs", **ON),
     "Resume": _flag("13", None, "go on where a killed run was", True, **SWITCH),
@@ -215,6 +218,13 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
             if _stage in flag["stages"]:
                 group.add_argument(f"--{name}", **_options(name, flag, _defaults(model, stage)))
     args = parser.parse_args(argv)
+    if stage == 2 and parallel.size() > 1:
+        raise InputError("stage 2 is one process that uses all cores (--cores); start it without torchrun")
+    gpus, classes = ("device_ids", "classes") if stage == 2 else ("Device_ids", "Classes")
+    if len(getattr(args, gpus)) > 1:
+        raise InputError(f"--{gpus} {_shown(getattr(args, gpus))}: one GPU a process; for several use torchrun")
+    setattr(args, gpus, getattr(args, gpus)[0])
+    setattr(args, classes, getattr(args, classes) and list(dict.fromkeys(getattr(args, classes))))
     args.stage, args.code = stage, records.code_of(Path(script).resolve())
     {1: _check_training, 2: _check_scoring, 3: _check_pruning}[stage](args, model)
     return args
@@ -352,7 +362,9 @@ def start_run(
     record |= {"data": images.describe(), **args.code, **(known or {})}
     if mask is not None:
         parallel.assert_in_sync(mask)
+    coarse = "" if mask is None else " (coarse groups give several shares one file)"
     options = {"seed": args.Seed + rerun, "select": args.Select, "resume": args.Resume, "mask": mask}
+    options["remedy"] = f"name another --Save_dir, or remove it{coarse}"
     return runs.start(args.Save_dir / str(rerun) / name, record, images, **options)
 
 
@@ -440,10 +452,19 @@ def score_families(args: argparse.Namespace) -> list[Path]:
         if not args.Criterion.startswith("cmi"):
             return []
         mask = args.Retrain.with_name("I_parent_cmi.npy")
+    mask, *labels = (_family(args, path) for path in (mask, args.Labels_file, args.Labels_children_file))
     if not (mask.name.startswith("I_parent_") and mask.name.endswith(".npy")):
         raise InputError(f"--Retrain_mask {mask.name}: must be I_parent_<postfix>.npy, as stage 2 names scores")
     beside = artifacts.score_paths(mask.parent, mask.name.removeprefix("I_parent_").removesuffix(".npy"))
-    return [mask, args.Labels_file or beside[1], args.Labels_children_file or beside[2]]
+    return [mask, labels[0] or beside[1], labels[1] or beside[2]]
+
+
+def _family(args: argparse.Namespace, path: Path | None) -> Path | None:
+    """The family of a path that may name the file of one layer pair."""
+    for parent, child in zip(args.parent_key, args.children_key, strict=True):
+        if path and path.name.endswith(f"_{parent}_{child}.npy"):
+            return path.with_name(path.name.removesuffix(f"_{parent}_{child}.npy") + ".npy")
+    return path
 
 
 def share_of_masked(args: argparse.Namespace, share: float, network: nn.Module, blocks: dict[str, Blocks]) -> float:
@@ -525,6 +546,7 @@ def choose_device(index: int) -> torch.device:
 def run(main: Callable[[], None]) -> None:
     """Run a script: one line and exit code 2 for unusable input or means, 1 for diverged training, 130 for Ctrl-C."""
     name = Path(sys.argv[0]).name
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal cannot show
     try:
         with parallel.processes():
             main()
@@ -534,9 +556,12 @@ def run(main: Callable[[], None]) -> None:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(_say(name, f"{where}{error.strerror or reason(error)}; {GO_ON}", 2))
     except (MemoryError, RuntimeError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit(_say(name, f"--Compile: torch.compile fails here ({reason(error)}); leave it out", 2))
         if not out_of_memory(error):
             raise
-        sys.exit(_say(name, f"not enough memory ({reason(error)}); fewer --cores, a smaller --Batch_size; {GO_ON}", 2))
+        less = "fewer `cores`, fewer `samples_per_class`" if _stage == "2" else "a smaller `batch_size`"
+        sys.exit(_say(name, f"not enough memory ({reason(error)}); {less}; {GO_ON}", 2))
     except Diverged as error:
         sys.exit(_say(name, error, 1))
     except KeyboardInterrupt:
@@ -551,7 +576,7 @@ def _list(choices: list) -> str:
 
 
 def _say(name: str, error, code: int) -> int:
-    if parallel.rank() == 0:
+    if parallel.is_first(str(error)):
         print(f"{name}: error: {in_flags(str(error))}", file=sys.stderr)
     return code
 

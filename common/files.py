@@ -5,6 +5,7 @@ the system takes back when the process ends, however it ends.
 """
 
 import contextlib
+import errno
 import fcntl
 import io
 import os
@@ -47,6 +48,8 @@ def file_lock(path: Path) -> Iterator[None]:
     except BlockingIOError as error:
         raise InputError(f"{path} is being written by another process; wait, or name another directory") from error
     except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise InputError(f"{path.parent} is on a file system without locks (flock); name another one") from error
         raise InputError(f"{path.parent} cannot be written to ({error.strerror}); name another directory") from error
     with file:
         for left in path.parent.glob(f".{path.stem}.*.tmp"):  # by a process that was killed

@@ -9,26 +9,54 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.errors import InputError, reason
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # it sets all; a cluster some of them
+
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
     """Join the group of processes that torchrun started, if it did: NCCL between GPUs, gloo between CPUs."""
-    if "LOCAL_RANK" not in os.environ:
+    if not by_torchrun():
         yield
         return
-    if torch.cuda.is_available():
-        dist.init_process_group("nccl", device_id=torch.device("cuda", local_gpu(0)))
-    else:
-        dist.init_process_group("gloo")
+    gpus = torch.cuda.device_count()
+    if gpus and local_gpu(0) >= gpus:
+        raise InputError(
+            f"more processes than GPUs: there are {gpus}; start as many (torchrun --nproc_per_node {gpus})"
+        )
+    options = {"backend": "nccl", "device_id": torch.device("cuda", local_gpu(0))} if gpus else {"backend": "gloo"}
+    try:
+        dist.init_process_group(**options)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the processes cannot be joined ({reason(error)}); start them with torchrun") from error
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
+def by_torchrun() -> bool:
+    """Whether this process is one of several that were started to work together."""
+    return all(os.environ.get(name) for name in TORCHRUN)
+
+
 def rank() -> int:
     """This process's number; process 0 is the one that prints and writes."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if dist.is_initialized():
+        return dist.get_rank()
+    number = os.environ["RANK"] if by_torchrun() else "0"
+    return int(number) if number.isdecimal() else 0
+
+
+def is_first(message: str) -> bool:
+    """Whether this process is the first that has this to say; of several that meet one fault only one says it."""
+    if not dist.is_initialized():
+        return rank() == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"said: {message}", 1) == 1
+    except RuntimeError:  # the others are gone
+        return True
 
 
 def quiet() -> bool | None:
@@ -42,7 +70,7 @@ def size() -> int:
 
 def local_gpu(index: int) -> int:
     """The GPU of this process: torchrun's choice, or the one that was asked for."""
-    return int(os.environ.get("LOCAL_RANK", index))
+    return int(os.environ["LOCAL_RANK"]) if by_torchrun() else index
 
 
 def barrier() -> None:

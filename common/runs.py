@@ -22,7 +22,6 @@ from common.training import Metrics, evaluate
 
 TOLERANCE = {"val": 1.0, "last": 0.0, "test": 0.0}  # standard errors; see `Run.log`
 SHOWN = {"lr": ".4g", "loss": ".4f", "accuracy": ".2f", "seconds": ".1f"}  # by the last part of a figure's name
-OTHER_RUN = "name another `save_dir`, or remove it"
 
 
 @contextlib.contextmanager
@@ -43,6 +42,7 @@ class Run:
     data : what it is trained on
     seed : fixes first weights, order, augmentation and dropout; an epoch's randomness depends on (seed, epoch) alone
     select : what chooses the epoch that is kept: "val", "last" (nothing: the last epoch) or "test"
+    remedy : what to do where files of another run are there, for error messages
     resume : go on where an interrupted run was; on a CPU the result is the same bits as without interruption
     mask : what is kept at zero; goes into the checkpoints
 
@@ -53,13 +53,22 @@ class Run:
     """
 
     def __init__(
-        self, best: Path, record: dict, data: Data, *, seed: int, select: str, resume: bool, mask: Mask | None = None
+        self,
+        best: Path,
+        record: dict,
+        data: Data,
+        *,
+        seed: int,
+        select: str,
+        resume: bool,
+        remedy: str,
+        mask: Mask | None = None,
     ) -> None:
         more = {"seed": seed, "epoch_chosen_by": select, "processes": parallel.size()}
         self.record = {**record, **more, **records.environment(data.device)}
         self.best, self.data, self.seed, self.mask = best, data, seed, mask
-        self.state_file, self.select, self.resume = best.with_suffix(".state"), select, resume
-        self.finished = records.is_complete(best, self.record, OTHER_RUN)
+        self.state_file, self.select, self.resume, self.remedy = best.with_suffix(".state"), select, resume, remedy
+        self.finished = records.is_complete(best, self.record, remedy)
         self.lines, self.kept, self.kept_state, self.highest = [], {"epoch": 0}, None, 0.0
         self.moments, self.start, self.next_save = {}, time.perf_counter(), 0.0
         torch.manual_seed(seed)  # what is drawn from here on, such as a network's first weights
@@ -168,7 +177,7 @@ class Run:
             return
         if begun.get("format") != 2:
             raise InputError(f"{self.state_file} is of another version of this program; remove it")
-        records.check_same(self.state_file, begun["record"], self.record, OTHER_RUN)
+        records.check_same(self.state_file, begun["record"], self.record, self.remedy)
         self.lines, self.kept, self.highest = begun["lines"], begun["kept"], begun["highest"]
         self.kept_state, self.start = begun["kept_state"], self.start - begun["seconds"]
         self.moments |= begun["moments"]

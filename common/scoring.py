@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common import artifacts, records
 from common.cmi import RESUMABLE, layer_cmi
-from common.errors import InputError
+from common.errors import InputError, reason
 from common.masks import Blocks
 
 SAVE_EVERY = 5.0  # seconds between two notes of how far the work has come
@@ -62,6 +62,12 @@ class Estimator:
     def __call__(self, children, parents, name: str = "") -> np.ndarray:
         """Scores (H, G) of activations (n, c) and (n, p); `name` tells several estimates of one pair apart."""
         inputs = np.asarray(children), np.asarray(parents), self.blocks.child_groups, self.blocks.parent_groups
+        try:
+            return self._resumed(name, *inputs)
+        except ValueError as error:
+            raise InputError(f"{self.state_file.stem}: {reason(error)}; try more `samples_per_class`") from error
+
+    def _resumed(self, name: str, *inputs: np.ndarray) -> np.ndarray:
         if self.options.get("estimator") not in RESUMABLE:
             return layer_cmi(*inputs, **self.options)
         state_file = self.state_file.with_suffix(f".{name}.state") if name else self.state_file

@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 from scipy.stats import ttest_rel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import collect
 from common import cli, files
 from common.errors import InputError
@@ -312,7 +312,7 @@ def groups_figure(records: list[dict], target: Path, paper: list[dict]) -> None:
 def fill(page: Path, name: str, content: str) -> None:
     """Replace what stands between the markers <!-- name --> and <!-- end name --> of a page."""
     marked = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
-    files.write_bytes(page, marked.sub(lambda m: m[1] + content + m[2], page.read_text()).encode())
+    files.write_bytes(page, marked.sub(lambda m: m[1] + content + m[2], page.read_text(encoding="utf-8")).encode())
 
 
 def save_figure(figure: plt.Figure, target: Path) -> None:
@@ -340,7 +340,7 @@ def pages(paper: dict) -> None:
     kinds = {"table": table, "groups": groups_table, "overview": overview, "differences": differences}
     kinds |= {"scoring": scoring_table, "validated": validated_table}
     for page in (files.ROOT / "README.md", files.RESULTS / "README.md"):
-        marks = re.findall(rf"<!-- (({'|'.join(kinds)}) ([^:\s]+)(?:: (.+))?) -->", page.read_text())
+        marks = re.findall(rf"<!-- (({'|'.join(kinds)}) ([^:\s]+)(?:: (.+))?) -->", page.read_text(encoding="utf-8"))
         for mark, kind, name, ours in marks:
             more = [ours] if ours else [paper.get(name)] if kind in ("table", "groups") else []
             fill(page, mark, kinds[kind](collect.finished(files.RESULTS / name), *more))
@@ -351,7 +351,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="a folder of runs; none: everything that is committed")
     folder = parser.parse_args().folder
     if folder is None:
-        paper = json.loads((files.RESULTS / "paper.json").read_text())
+        paper = json.loads((files.RESULTS / "paper.json").read_text(encoding="utf-8"))
         figures(paper)
         pages(paper)
         return
@@ -359,9 +359,9 @@ def main() -> None:
     if not of_stage(records, 3):
         raise InputError(f"{folder} holds no finished run of stage 3")
     page, image = folder / "table.md", folder / "figure.png"
-    page.write_text(table(records))
+    page.write_text(table(records), encoding="utf-8")
     figure(records, image, folder.name)
-    print(f"{page.read_text()}\ntable: {page}\nfigure: {image}")
+    print(f"{page.read_text(encoding='utf-8')}\ntable: {page}\nfigure: {image}")
 
 
 if __name__ == "__main__":

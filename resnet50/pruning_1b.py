@@ -11,7 +11,7 @@ given all other parents), the groups' labels and a record. Run again, it goes on
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import model
 from common import artifacts, cli, parallel
 from common.activations import collect_activations, output_sensitivity

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch.nn import CrossEntropyLoss
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import model
 from common import artifacts, cli, parallel
 from common.data import sample_per_class

@@ -32,7 +32,7 @@ def convolutional():
 
 
 def begin(folder, data, record=IDENTITY, **options):
-    options = {"seed": 1, "select": "val", "resume": True, **options}
+    options = {"seed": 1, "select": "val", "resume": True, "remedy": "remove it", **options}
     return runs.start(folder / "logits_best.pkl", {"stage": 1, "data": data.describe(), **record}, data, **options)
 
 
@@ -150,7 +150,7 @@ def test_another_run_is_refused_and_nothing_is_overwritten(tmp_path, data, chang
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     entries, message = CHANGES[change]
     with (
-        pytest.raises(InputError, match=f"logits_best.pkl is of a run with {message}.*; name another `save_dir`, or"),
+        pytest.raises(InputError, match=f"logits_best.pkl is of a run with {message}.*; remove it"),
         begin(tmp_path, data, IDENTITY | entries),
     ):
         pass
