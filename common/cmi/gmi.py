@@ -21,7 +21,7 @@ from common.cmi.inputs import Layer, in_parallel
 
 DIRECTIONS = 3  # canonical directions that the residual form keeps
 RIDGE = 0.1  # share of the identity in its regression's covariance, which has a third of the rows to go by
-ROUNDING = 2.0**-44  # of squared distances, as a share of the largest
+ROUNDING = 2.0**-42  # of squared distances, as a share of the largest
 
 
 def scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0) -> np.ndarray:

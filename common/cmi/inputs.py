@@ -11,7 +11,7 @@ import torch
 
 MIN_ROWS = 3
 ROUNDING = 2.0**-50  # share of a unit's magnitude that is at most a few roundings: a spread of a constant
-OFFSET = 1e-6  # share of a unit's magnitude below which its spread is that of differences from one value
+OFFSET = 1e-3  # share of a unit's magnitude below which its spread is that of differences from one value
 _TURN = threading.RLock()
 
 

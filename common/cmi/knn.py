@@ -28,7 +28,7 @@ from common.cmi.inputs import Layer, check_number, in_parallel
 
 NEIGHBOURS = 5
 TILE = 2**24  # distances of one block of rows that are held at once
-ROUNDING = 2.0**-46  # of squared distances, as a share of the largest squared norm
+ROUNDING = 2.0**-42  # of squared distances, as a share of the largest squared norm
 
 
 def scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0, neighbours: int = NEIGHBOURS) -> np.ndarray:
