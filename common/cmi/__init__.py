@@ -4,10 +4,13 @@
 estimator; `ESTIMATORS` lists them. Adding one is a function with the signature of `kde.scores` and a line here.
 """
 
+import inspect
+from numbers import Integral
+
 import numpy as np
 
 from common.cmi import gaussian, gmi, kde, knn
-from common.cmi.inputs import Layer, check_samples
+from common.cmi.inputs import Layer, check_choice, check_number, check_samples, one_thread_per_worker
 
 RESUMABLE = ("kde",)  # estimators that report progress and can start from it: options `on_rows` and `start`
 ESTIMATORS = {
@@ -40,7 +43,7 @@ def cmi(x, y, z=None, *, estimator: str = "kde", seed: int = 0, **options) -> fl
     Raises
     ------
     ValueError
-        If the arrays are not finite, have unequal or too few rows, or the estimator is unknown.
+        If the arrays are not finite, have unequal or too few rows, or the estimator or an option is not legal.
     """
     x, y = check_samples(x, "x"), check_samples(y, "y")
     z = y[:, :0] if z is None else check_samples(z, "z")
@@ -68,8 +71,9 @@ def layer_cmi(
         The group of every parent unit; G different ones.
     estimator : a key of `ESTIMATORS`
     n_jobs : int
-        Parallel workers as joblib counts them; the result is the same, bit for bit, for any number.
-    seed : for estimators that draw random numbers
+        Parallel workers as joblib counts them, but no more than processors; the result is the same, bit for bit, for
+        any number.
+    seed : for estimators that draw random numbers, at least 0
     **options : passed on to the estimator
 
     Returns
@@ -82,9 +86,16 @@ def layer_cmi(
     ------
     ValueError
         If an array is not finite or not two-dimensional, rows are unequal or fewer than 3, labels are not integers
-        or not one per unit, or the estimator is unknown.
+        or not one per unit, or the estimator or an option is unknown or out of range.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {estimator!r}; choose from {', '.join(ESTIMATORS)}")
+    check_choice(estimator, "estimator", ESTIMATORS)
+    estimate = ESTIMATORS[estimator]
+    for name in options:
+        check_choice(name, f"option of {estimator}", list(inspect.signature(estimate).parameters)[1:])
+    check_number(seed, "seed", 0, kind=Integral)
+    check_number(n_jobs, "n_jobs", -np.inf, kind=Integral)
+    if n_jobs == 0:
+        raise ValueError("n_jobs is 0; legal are all other whole numbers")
     layer = Layer(children, parents, child_groups, parent_groups)
-    return np.where(layer.live, ESTIMATORS[estimator](layer, n_jobs=n_jobs, seed=seed, **options), 0.0)
+    with one_thread_per_worker():
+        return np.where(layer.live, estimate(layer, n_jobs=n_jobs, seed=seed, **options), 0.0)

@@ -13,11 +13,10 @@ scale. `snr` sets both: child unit u is seen with unit noise, at a signal of var
 network's output variance that goes through the unit as snr, information that is of no use downstream counts little.
 """
 
-import joblib
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from common.cmi.inputs import Layer, one_thread_per_worker
+from common.cmi.inputs import Layer, in_parallel
 
 PERIOD = 32  # removals between two updates of the whole precision matrix
 ORDER = 1e-12  # relative difference by which equal scores keep their order
@@ -44,8 +43,7 @@ def scores(layer: Layer, covariance: np.ndarray, snr: np.ndarray | None = None, 
         own = layer.child_groups == j
         return _row(layer.parent_groups, layer.parent_units > 0, precision, regression[:, own], residual[own][:, own])
 
-    with one_thread_per_worker():
-        return np.stack(joblib.Parallel(n_jobs, backend="threading")(map(joblib.delayed(row), range(layer.shape[0]))))
+    return np.stack(list(in_parallel(row, range(layer.shape[0]), n_jobs)))
 
 
 def _row(

@@ -15,9 +15,10 @@ from scipy.special import digamma
 from sklearn.covariance import ledoit_wolf_shrinkage
 
 from common.cmi import backward
-from common.cmi.inputs import Layer
+from common.cmi.inputs import Layer, as_array, check_choice, check_number
 
 DEGENERATE = 1e-6  # variance, of units of variance 1, below which a direction is taken as a function of the others
+MOST_SNR = 1e100  # its square is a number, too
 
 
 def scores(
@@ -37,8 +38,9 @@ def scores(
     seed : not used
     given : "rest" conditions on all other parents; "kept" on those that are left when the least informative ones go
         one by one: see `common.cmi.backward`
-    snr : (c,) only with `given` = "kept": signal-to-noise ratio at which each child unit is seen; none: without noise
-    shrinkage : share of the identity in the covariance, above 0 and at most 1. By default there is none, and the bias
+    snr : (c,) only with `given` = "kept": signal-to-noise ratio, from 0 to 1e100, at which each child unit is seen;
+        none: without noise
+    shrinkage : share of the identity in the covariance, from 1e-6 to 1. By default there is none, and the bias
         is corrected exactly, where that is possible: twice as many rows as units of a pair and no unit a function of
         others. Elsewhere it is the coefficient of Ledoit and Wolf, without correction.
 
@@ -51,6 +53,15 @@ def scores(
     The correction is the expectation of a Wishart matrix's log-determinant (Goodman, 1963). Shrinkage: Ledoit and
     Wolf, J. Multivariate Analysis 88 (2004).
     """
+    check_choice(given, "given", ("rest", "kept"))
+    if shrinkage is not None:
+        check_number(shrinkage, "shrinkage", DEGENERATE, 1)
+    if snr is not None:
+        snr, units = as_array(snr, "snr"), layer.child_groups.shape
+        if given != "kept":
+            raise ValueError("snr belongs to given='kept'")
+        if snr.dtype.kind not in "iuf" or snr.shape != units or not ((snr >= 0) & (snr <= MOST_SNR)).all():
+            raise ValueError(f"snr must hold one number from 0 to {MOST_SNR:g} per child unit, shape {units}")
     data = np.hstack([layer.parents, layer.children])
     covariance = data.T @ data / layer.n
     constant = np.flatnonzero(np.diag(covariance) == 0)

@@ -12,16 +12,16 @@ Sources: Yasaei Sekeh and Hero, Entropy 21(8):787 (2019), for GMI; Sen et al., N
 Friedman and Rafsky, Annals of Statistics 7 (1979), for the statistic.
 """
 
-import joblib
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.cmi.gaussian import regress
-from common.cmi.inputs import Layer, one_thread_per_worker
+from common.cmi.inputs import Layer, in_parallel
 
 DIRECTIONS = 3  # canonical directions that the residual form keeps
 RIDGE = 0.1  # share of the identity in its regression's covariance, which has a third of the rows to go by
+ROUNDING = 2.0**-42  # of squared distances, as a share of the largest
 
 
 def scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0) -> np.ndarray:
@@ -45,21 +45,21 @@ def scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0) -> np.ndarray:
     rows = np.r_[joint, replaced]
     parents = torch.from_numpy(layer.parents)
     kids = _stack([torch.from_numpy(layer.children[rows][:, layer.child_groups == j]) for j in range(layer.shape[0])])
-    every = _squared_distances(parents[rows], parents[rows])
-    to_donors = _squared_distances(parents[replaced], parents[donors])
+    every = torch.cdist(parents[rows], parents[rows]).square_()
+    to_donors = torch.cdist(parents[replaced], parents[donors]).square_()
 
     def of_parent(i: int) -> np.ndarray:
         own = parents[:, torch.from_numpy(layer.parent_groups == i)]
         if own.shape[1] == parents.shape[1]:
             donor = donors  # nothing to be near in: any row will do
         else:
-            away = to_donors - _squared_distances(own[replaced], own[donors])
+            away = to_donors - torch.cdist(own[replaced], own[donors]).square_()
             donor = donors[_nearest(away, np.random.default_rng([seed, i]))]
         own_given = own[np.r_[joint, donor]]
-        shared = every - _squared_distances(own[rows], own[rows]) + _squared_distances(own_given, own_given)
+        shared = every - torch.cdist(own[rows], own[rows]).square_() + torch.cdist(own_given, own_given).square_()
         return _share_separated(shared, kids, len(joint))
 
-    return _columns(of_parent, layer, n_jobs)
+    return np.stack(list(in_parallel(of_parent, range(layer.shape[1]), n_jobs)), axis=1)
 
 
 def residual_scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0) -> np.ndarray:
@@ -92,14 +92,7 @@ def residual_scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0) -> np.ndarr
         nothing = torch.zeros(1, 1, dtype=torch.float64).expand(len(rows), len(rows))
         return _share_separated(nothing, _stack(pairs), len(joint))
 
-    return _columns(of_parent, layer, n_jobs)
-
-
-def _columns(of_parent, layer: Layer, n_jobs: int) -> np.ndarray:
-    with one_thread_per_worker():
-        parents = range(layer.shape[1])
-        columns = joblib.Parallel(n_jobs, backend="threading")(joblib.delayed(of_parent)(i) for i in parents)
-    return np.stack(columns, axis=1)
+    return np.stack(list(in_parallel(of_parent, range(layer.shape[1]), n_jobs)), axis=1)
 
 
 def _thirds(n: int, seed: int) -> np.ndarray:
@@ -111,10 +104,6 @@ def _stack(parts: list[Tensor]) -> Tensor:
     """Samples (n, d_k) of several groups as one (k, n, largest d), filled up with zeros."""
     width = max(part.shape[1] for part in parts)
     return torch.stack([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
-
-
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cdist(a, b).square_()
 
 
 def _nearest(distances: Tensor, rng: np.random.Generator) -> np.ndarray:
@@ -145,15 +134,17 @@ def _share_separated(shared: Tensor, kids: Tensor, m: int) -> np.ndarray:
 
     Returns
     -------
-    (k,) array. Points at distance 0 and ties need no care: an edge is an edge whatever its length.
+    (k,) array. An edge is an edge also at length 0; where points are equally near, their shares in the samples count.
     """
     k, n, _ = kids.shape
-    sets = torch.arange(k)
+    # any order, so that of equally near points those of neither sample come first
+    order = torch.from_numpy(np.random.default_rng(n).permutation(n))
+    sets, second, shared, kids = torch.arange(k), (order >= m).double(), shared[order][:, order], kids[:, order]
     norms = kids.square().sum(2)
-    second = torch.arange(n) >= m
+    rounding = ROUNDING * (norms.max() + shared.max())
     best = torch.full((k, n), torch.inf, dtype=kids.dtype)
-    neighbour = torch.zeros(k, n, dtype=torch.int64)
-    last, crossing = torch.zeros(k, dtype=torch.int64), torch.zeros(k, dtype=torch.int64)
+    near, near_second = torch.zeros(2, k, n, dtype=kids.dtype)  # how many of the tree are that near; of sample 2
+    last, crossing = torch.zeros(k, dtype=torch.int64), torch.zeros(k, dtype=kids.dtype)
     done = torch.zeros(k, n, dtype=torch.bool)
     for _ in range(n - 1):
         done[sets, last] = True
@@ -161,9 +152,10 @@ def _share_separated(shared: Tensor, kids: Tensor, m: int) -> np.ndarray:
         point = kids[sets, last]
         distances = torch.baddbmm(norms[:, :, None], kids, point[:, :, None], alpha=-2)[:, :, 0]
         distances += norms[sets, last][:, None] + shared[last]
-        closer = (distances < best) & ~done
+        closer, equal = (distances < best - rounding) & ~done, (distances - best).abs() <= rounding
         best = torch.where(closer, distances, best)
-        neighbour = torch.where(closer, last[:, None], neighbour)
+        near = torch.where(closer, 1, near + equal)
+        near_second = torch.where(closer, second[last][:, None], near_second + equal * second[last][:, None])
         last = best.argmin(1)
-        crossing += second[last] != second[neighbour[sets, last]]
+        crossing += (second[last] - near_second[sets, last] / near[sets, last]).abs()
     return 1 - crossing.numpy() / m

@@ -1,35 +1,70 @@
 """What every estimator asks of its inputs."""
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral, Real
 
+import joblib
 import numpy as np
 import torch
 
 MIN_ROWS = 3
+ROUNDING = 2.0**-50  # share of a unit's magnitude that is at most a few roundings: a spread of a constant
+OFFSET = 1e-3  # share of a unit's magnitude below which its spread is that of differences from one value
+_TURN = threading.RLock()
+
+
+def check_choice(value, name: str, choices) -> None:
+    """Raise a ValueError that names the option unless the value is one of the choices."""
+    if value not in list(choices):
+        raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
+
+
+def check_number(value, name: str, low: float, high: float = np.inf, kind: type = Real) -> None:
+    """Raise a ValueError that names the option unless the value is a number of its kind from low to high."""
+    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+        whole = "whole " * (kind is Integral)
+        raise ValueError(f"{name} is {value!r}; legal are {whole}numbers from {low:g} to {high:g}")
+
+
+def as_array(value, name: str) -> np.ndarray:
+    """Anything numpy can read, or a tensor of any kind and on any device, as an array; else a ValueError."""
+    try:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu()
+            value = value.double() if value.is_floating_point() else value  # numpy has no bfloat16
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} cannot be read as an array: {str(error).splitlines()[0]}") from error
+    if np.ma.is_masked(value):
+        raise ValueError(f"{name} has masked values; all must be known")
+    return array
 
 
 def check_samples(array, name: str) -> np.ndarray:
     """Return the samples as a finite (n, d) float64 array or raise a ValueError that names them."""
-    array = np.asarray(array)
+    array = as_array(array, name)
     if array.ndim != 2 or array.shape[1] == 0:
         raise ValueError(f"{name} must have shape (samples, units) with at least one unit, not {array.shape}")
-    if not (np.issubdtype(array.dtype, np.number) and np.isrealobj(array)):
+    if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} must hold real numbers, not {array.dtype}")
     if len(array) < MIN_ROWS:
         raise ValueError(f"{name} has {len(array)} rows; at least {MIN_ROWS} are needed")
-    if not np.isfinite(array).all():
-        row, unit = np.argwhere(~np.isfinite(array))[0]
+    with np.errstate(over="ignore"):
+        samples = array.astype(np.float64)
+    if not np.isfinite(samples).all():
+        row, unit = np.argwhere(~np.isfinite(samples))[0]
         raise ValueError(f"{name} holds {array[row, unit]} in row {row}, unit {unit}; all values must be finite")
-    return array.astype(np.float64)
+    return samples
 
 
 def check_groups(labels, samples: np.ndarray, name: str) -> np.ndarray:
     """Return one group index from 0 per unit, in the order of the labels, or raise a ValueError that names them."""
-    labels = np.asarray(labels)
+    labels = as_array(labels, name)
     if labels.shape != samples.shape[1:]:
         raise ValueError(f"{name} must be one label per unit, shape {samples.shape[1:]}, not {labels.shape}")
-    if not np.issubdtype(labels.dtype, np.integer):
+    if labels.dtype.kind not in "iu":
         raise ValueError(f"{name} must hold integers, not {labels.dtype}")
     return np.unique(labels, return_inverse=True)[1]
 
@@ -37,15 +72,21 @@ def check_groups(labels, samples: np.ndarray, name: str) -> np.ndarray:
 def standardise(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scale every unit to mean 0 and variance 1; constant units become 0.
 
+    Differences of values that lie close together are exact: the mean may be any number of times the spread.
+
     Returns
     -------
     The (n, d) scaled samples and a (d,) boolean array that is False for constant units.
     """
+    low, magnitude = samples.min(axis=0), np.abs(samples).max(axis=0)
+    with np.errstate(over="ignore"):
+        spread = samples.max(axis=0) - low
+    live = spread > ROUNDING * magnitude
+    samples = samples - np.where(spread < OFFSET * magnitude, low, 0)
     magnitude = np.abs(samples).max(axis=0)
     scaled = samples / np.where(magnitude > 0, magnitude, 1)  # no overflow of squares, whatever the unit
     scaled = scaled - scaled.mean(axis=0)
     deviation = scaled.std(axis=0)
-    live = deviation > 1e-9
     return np.where(live, scaled / np.where(live, deviation, 1), 0.0), live
 
 
@@ -76,21 +117,32 @@ class Layer:
         self.n, self.shape = len(parents), self.live.shape
 
 
+def in_parallel(function: Callable, tasks: Sequence, n_jobs: int) -> Iterator:
+    """What the function returns for every task, in order; no more workers than tasks or processors."""
+    cores = joblib.cpu_count()
+    workers = max(1, min(n_jobs if n_jobs > 0 else cores + 1 + n_jobs, cores, len(tasks)))
+    calls = (joblib.delayed(function)(task) for task in tasks)
+    return joblib.Parallel(workers, backend="threading", return_as="generator")(calls)
+
+
 @contextlib.contextmanager
 def one_thread_per_worker() -> Iterator[None]:
     """Keep torch from starting threads of its own: the workers are the parallelism.
 
-    It is also what makes results independent of their number, since sums then have one order.
+    It is also what makes results independent of their number, since sums then have one order. The setting is the
+    process's: callers in several threads take turns.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    with _TURN:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether it is for want of memory that numpy, or torch on a GPU or a CPU, gave up."""
-    allocator = isinstance(error, RuntimeError) and "t allocate memory" in str(error)
+    signs = "t allocate memory", "out of memory", "ALLOC_FAILED"
+    allocator = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     return allocator or isinstance(error, (MemoryError, torch.OutOfMemoryError))

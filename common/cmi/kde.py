@@ -12,14 +12,15 @@ an extra child with a constant kernel gives p(r), and both together p(P). Normal
 Cost: (G + H) n^2 exponentials and 2 (G + 1) (H + 1) n^2 operations, in blocks that stay in the processor's cache.
 """
 
+import contextlib
+import sys
 from collections.abc import Callable
 
-import joblib
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.cmi.inputs import Layer, one_thread_per_worker, out_of_memory
+from common.cmi.inputs import Layer, check_choice, check_number, in_parallel, out_of_memory
 
 WIDTH = 0.25  # kernel width per square root of the number of parent units; see `widths`
 TASK_ROWS = 64  # rows of one task: the unit of parallel work, of progress and of resuming
@@ -68,7 +69,7 @@ def scores(
     layer : the samples and groups
     n_jobs : parallel workers
     seed : not used; the estimate is deterministic
-    width : factor of `widths`
+    width : factor of `widths`, from 1e-6 to 1e6
     precision : "double", or "single" at less than half the cost
     device : where the tensors live; on a GPU there is one worker, and results differ from the CPU's by rounding
     start : (rows done, sum over these rows) as last given to `on_rows`, to continue an interrupted run
@@ -84,17 +85,29 @@ def scores(
     (1995) for mutual information. It ranks groups reliably in wide layers; its absolute value is biased towards 0
     there.
     """
+    check_number(width, "width", 1e-6, 1e6)
+    check_choice(precision, "precision", PRECISIONS)
     done, total = start or (0, np.zeros(layer.shape))
-    kernels = _Kernels(layer, width, PRECISIONS[precision], torch.device(device))
+    if not 0 <= done <= layer.n or np.shape(total) != layer.shape:
+        raise ValueError(f"start does not belong to {layer.n} rows and scores of shape {layer.shape}")
+    kernels = _Kernels(layer, width, PRECISIONS[precision], _usable(device))
     tasks = [(row, min(row + TASK_ROWS, layer.n)) for row in range(done, layer.n, TASK_ROWS)]
     workers = n_jobs if kernels.device.type == "cpu" else 1
-    parallel = joblib.Parallel(workers, backend="threading", return_as="generator")
-    with one_thread_per_worker():
-        for (_, end), part in zip(tasks, parallel(joblib.delayed(kernels.sum_rows)(*t) for t in tasks), strict=True):
+    with contextlib.closing(in_parallel(lambda task: kernels.sum_rows(*task), tasks, workers)) as parts:
+        for (_, end), part in zip(tasks, parts, strict=True):
             total = total + part
             if on_rows is not None:
                 on_rows(end, total)
     return total * (np.log(2) / layer.n)
+
+
+def _usable(device) -> torch.device:
+    """The device, if there is one of that name that computes in double precision."""
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).item()
+        return torch.device(device)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 class _Kernels:
@@ -125,8 +138,19 @@ class _Kernels:
         return tuple(torch.from_numpy(factor).to(self.device, self.dtype) for factor in (left, right))
 
     def sum_rows(self, first: int, end: int) -> np.ndarray:
-        """Sum over rows first <= a < end of the four logarithms (base 2) of every pair."""
-        torch.set_flush_denormal(True)  # kernels just above underflow would cost four times the time
+        """Sum over rows first <= a < end of the four logarithms (base 2) of every pair.
+
+        Kernels just above underflow would cost four times the time: in this thread they are 0 meanwhile.
+        """
+        flushed = sys.float_info.min / 2 == 0  # what the caller has
+        torch.set_flush_denormal(True)
+        try:
+            return self._sum_tiles(first, end)
+        finally:
+            torch.set_flush_denormal(flushed)
+
+    def _sum_tiles(self, first: int, end: int) -> np.ndarray:
+        """As `sum_rows`, in tiles that fit into the memory."""
         tile = TILE if self.device.type == "cpu" else GPU_TILE
         step = max(1, tile // (self.tile_columns * (len(self.rests[0]) + len(self.kids[0]))))
         total, row = np.zeros((self.n_children, self.n_parents)), first
@@ -139,7 +163,6 @@ class _Kernels:
                 step //= 2
                 continue
             row += step
-        torch.set_flush_denormal(False)
         return total
 
     def _sum_terms(self, rows: slice) -> np.ndarray:
