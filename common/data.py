@@ -21,6 +21,7 @@ THIN = 32  # times as long as wide
 # Called once an epoch with (number of images, generator of random numbers, device), it returns a function of a batch's
 # (uint8 images, their rows) that changes them.
 Augmentation = Callable[[int, torch.Generator, torch.device], Callable[[Tensor, Tensor], Tensor]]
+Batches = Iterator[tuple[Tensor, Tensor, int]]  # images, labels, number of images over all processes
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation by channel, as is customary
 EVALUATED_PIXELS = 2**20  # in one batch of an evaluation
 
@@ -52,9 +53,7 @@ class Split:
             rows = parallel.shard(rows)
             yield self._floats(self.images[rows]), self.labels[rows]
 
-    def shuffled(
-        self, batch_size: int, seed: int, augment: Augmentation | None = None
-    ) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def shuffled(self, batch_size: int, seed: int, augment: Augmentation | None = None) -> Batches:
         """Yield (float32 images, labels, rows of the batch over all processes); `seed` fixes order and augmentation."""
         if isinstance(augment, (list, tuple)):
             raise InputError("these images lie in memory: augment them by a function, such as crop_and_flip()")
@@ -99,7 +98,7 @@ class FileSplit:
         for images, labels, _ in self._read(batches, [middle, transforms.Resize(RESIZED), transforms.CenterCrop(CROP)]):
             yield images, labels
 
-    def shuffled(self, batch_size: int, seed: int, augment: list) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def shuffled(self, batch_size: int, seed: int, augment: list) -> Batches:
         """As `Split.shuffled`; the images are changed by a list of torchvision's transforms to one size."""
         if not isinstance(augment, (list, tuple)):
             raise InputError("these images are read from files: augment them by a list of torchvision's transforms")
@@ -108,7 +107,7 @@ class FileSplit:
 
     steps = Split.steps
 
-    def _read(self, batches, steps, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def _read(self, batches, steps, seed: int | None = None) -> Batches:
         """As `shuffled`, which has a seed; leaves out what cannot be read, and batches of which too little can."""
         device, seen = self.labels.device, 0
         mean, std = (torch.tensor(v, device=device)[:, None, None] for v in IMAGENET)
@@ -301,8 +300,7 @@ def load(
     Raises
     ------
     InputError
-        If files are missing and cannot be downloaded, a class is unknown, or `val_size` leaves no training or too few
-        validation images.
+        If files are missing or damaged, a class is unknown, or `val_size` leaves too few images of some class.
     """
     source = DATASETS[name](Path(folder).absolute(), name, skip)
     digest = source.fingerprint or _fingerprint(source)

@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -89,11 +88,10 @@ def _cifar10(folder: Path, name: str, skip: bool) -> Source:
     if tree.is_dir() and not original.is_dir():
         return _small_images(tree, skip)
     train, test = _downloaded(folder, name, original, f"put it there, or image files into {tree}/{{train,test}}/CLASS/")
-    parts = [
-        (torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in (train, test)
-    ]
-    for part in parts:
-        _check(original, *part, "3 x 32 x 32")
+    parts = []
+    for part in (train, test):
+        parts.append((torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)))
+        _check(original, *parts[-1], "3 x 32 x 32")
     return Source(*parts, train.classes, natural=True)
 
 
@@ -112,8 +110,7 @@ def _digits(folder: Path, name: str, skip: bool) -> Source:
 def _imagenet(folder: Path, name: str, skip: bool) -> Source:
     """The standard folders train/<wnid>/ and val/<wnid>/, here or in imagenet/ below; `val` is the test set.
 
-    Its fingerprint is of all files' names and sizes and of some files' contents: to read all takes hours, and a copy
-    has other times of change. Other images have other sizes or, where they are not compressed, are in the sample.
+    Its fingerprint is of all names and sizes and some contents: reading all takes hours, times are not those of a copy.
     """
     root = folder / "imagenet" if (folder / "imagenet").is_dir() else folder
     classes, *parts = _tree(root, "val")
@@ -145,10 +142,8 @@ def _downloaded(folder: Path, name: str, where: Path, remedy: str):
         return [dataset(folder, train=train, download=True) for train in (True, False)]
     except Exception as error:  # torchvision raises whatever a damaged file leads it to
         files.remove_empty(new)  # one that holds part of a download stays
-        raise InputError(
-            f"`dataset` {name}: no usable files in {where} and no download ({reason(error)}); {remedy}, "
-            "or name another `data_dir`"
-        ) from error
+        what = f"`dataset` {name}: no usable files in {where} and no download ({reason(error)})"
+        raise InputError(f"{what}; {remedy}, or name another `data_dir`") from error
 
 
 def _tree(root: Path, test: str) -> tuple[list[str], tuple[list[str], Tensor], tuple[list[str], Tensor]]:
@@ -195,16 +190,14 @@ def _listing(root: Path, paths: list[str], *fields: str):
             status = os.stat(path)  # noqa: PTH116, a Path would take longer than the call
         return os.fsencode(f"{path.removeprefix(str(root))} {[getattr(status, field, None) for field in fields]}")
 
-    with ThreadPool(8) as pool:  # a file system on a network answers many as fast as one
-        return hashlib.sha256(b"\0".join(pool.map(line, paths)))
+    return hashlib.sha256(b"\0".join(map(line, paths)))
 
 
 def _small_images(root: Path, skip: bool) -> Source:
     """Image files of 32 x 32 pixels below train/<class>/ and test/<class>/, decoded once and then kept as one array.
 
-    The record of that array, decoded.npy, holds its checksum, and a hash of the names, sizes and times of change of the
-    files it was made from: when these change, it is made anew. No program can set back the time of change of a file's
-    status; to read 60,000 files at every start would take longer.
+    The record of decoded.npy holds its checksum and a hash of the files' names, sizes and times of change of status,
+    which no program can set back: when these differ, it is made anew. To read all files at every start takes longer.
     """
     classes, (train, train_labels), (test, test_labels) = _tree(root, "test")
     paths, labels, border = train + test, torch.cat([train_labels, test_labels]), len(train)
@@ -249,11 +242,7 @@ def unreadable(errors: dict[int, str], skip: bool) -> None:
 
 
 def read_image(path: str) -> Image.Image:
-    """An image file in RGB, decoded whole; of several frames the first.
-
-    As torchvision does, it drops alpha and does not apply EXIF's orientation; unlike that, it scales 16 bits to 8, and
-    refuses more pixels than Pillow thinks safe.
-    """
+    """An image file's first frame in RGB; alpha is dropped and EXIF's orientation not applied, as torchvision does."""
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("it is no file")
