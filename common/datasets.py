@@ -51,35 +51,37 @@ def _idx_files(folder: Path, name: str, skip: bool) -> Source:
     paths = [raw / f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     if not all(path.is_file() for path in paths):
         _downloaded(folder, name, raw, f"put {' '.join(path.name for path in paths)} (or their .gz) there")
-    train, test = ((_idx(images, 3)[:, None], _idx(labels, 1).long()) for images, labels in (paths[:2], paths[2:]))
-    _check(paths[1], *train, "1 x 28 x 28")
-    _check(paths[3], *test, "1 x 28 x 28")
+    train, test = ((_idx(images, 28, 28)[:, None], _idx(labels).long()) for images, labels in (paths[:2], paths[2:]))
+    _check(paths[1], *train)
+    _check(paths[3], *test)
     if len(test[0]) > len(train[0]):
         raise InputError(f"{paths[2]}: {len(test[0]):,} images, and {len(train[0]):,} to train on: they are swapped")
     return Source(train, test, [str(digit) for digit in range(10)])
 
 
-def _idx(path: Path, rank: int) -> Tensor:
+def _idx(path: Path, *shape: int) -> Tensor:
     """Bytes in MNIST's format: two zeros, the type 8, the rank, the sizes in four bytes each, the values."""
     try:
-        content = path.read_bytes()
+        content, rank = path.read_bytes(), 1 + len(shape)
         if content[:4] != bytes([0, 0, 8, rank]):
-            raise ValueError("it is packed by gzip" if content[:2] == b"\x1f\x8b" else "its first bytes are others")
+            what = (
+                "is packed by gzip: unpack it" if content[:2] == b"\x1f\x8b" else f"has not {rank} dimensions of bytes"
+            )
+            raise ValueError(f"it {what}")
         sizes = np.frombuffer(content, ">u4", rank, 4).tolist()
+        if sizes[1:] != list(shape):
+            raise ValueError(f"its images are {sizes[1:]}, not {list(shape)}")
         return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * rank).reshape(sizes)
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is no idx file of {rank} dimensions ({reason(error)}); replace it") from error
+        raise InputError(f"{path} is no usable idx file ({reason(error)}); replace it") from error
 
 
-def _check(path: Path, images: Tensor, labels: Tensor, wanted: str) -> None:
-    """Refuse images and labels that do not belong together, or not to this data set."""
+def _check(path: Path, images: Tensor, labels: Tensor) -> None:
+    """Refuse images and labels that do not belong together."""
     if len(labels) != len(images):
         raise InputError(f"{path}: {len(labels):,} labels for {len(images):,} images; replace the wrong ones")
     if not 0 <= labels.min() <= labels.max() <= 9:
         raise InputError(f"{path}: labels from {labels.min()} to {labels.max()}; legal: 0 to 9")
-    size = " x ".join(map(str, images.shape[1:]))
-    if size != wanted:
-        raise InputError(f"{path}: its images are {size}; {wanted} are wanted")
 
 
 def _cifar10(folder: Path, name: str, skip: bool) -> Source:
@@ -91,7 +93,7 @@ def _cifar10(folder: Path, name: str, skip: bool) -> Source:
     parts = []
     for part in (train, test):
         parts.append((torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)))
-        _check(original, *parts[-1], "3 x 32 x 32")
+        _check(original, *parts[-1])
     return Source(*parts, train.classes, natural=True)
 
 
