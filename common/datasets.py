@@ -156,7 +156,8 @@ def _tree(root: Path, test: str) -> tuple[list[str], tuple[list[str], Tensor], t
             for part in ("train", test)
         )
     except OSError as error:
-        raise InputError(f"{root} must hold train/ and {test}/ ({reason(error)}); see `data_dir`") from error
+        what = f"{root}: train/ and {test}/ must hold one folder of images per class"
+        raise InputError(f"{what} ({reason(error)}); see `data_dir`") from error
     odd = [name for name in tested if name not in classes]
     if odd or not tested:
         what = f"the class folder {shown(odd[0])} is not in {root / 'train'}" if odd else "it has no class folders"

@@ -425,7 +425,7 @@ def test_labels_are_those_of_the_training_classes(tmp_path):
     with pytest.raises(InputError, match="train/e: no image files"):
         load("ImageNet", tmp_path, **LOAD)
     shutil.rmtree(root / "val")
-    with pytest.raises(InputError, match="must hold train/ and val/"):
+    with pytest.raises(InputError, match="train/ and val/ must hold one folder"):
         load("ImageNet", tmp_path, **LOAD)
     (root / "val").mkdir()
     with pytest.raises(InputError, match="val: it has no class folders"):
