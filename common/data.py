@@ -8,17 +8,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from common import parallel
-from common.datasets import DATASETS, SPLIT_SEED, Source, read_image, torchvision, unreadable
+from common.datasets import DATASETS, SPLIT_SEED, Source, read_image, shown, torchvision, unreadable
 from common.errors import InputError
 
 CROP, RESIZED = 224, 256  # of large photographs
+THIN = 32  # times as long as wide
 # Called once an epoch with (number of images, generator of random numbers, device), it returns a function of a batch's
 # (uint8 images, their rows) that changes them.
 Augmentation = Callable[[int, torch.Generator, torch.device], Callable[[Tensor, Tensor], Tensor]]
+Batches = Iterator[tuple[Tensor, Tensor, int]]  # images, labels, number of images over all processes
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation by channel, as is customary
 EVALUATED_PIXELS = 2**20  # in one batch of an evaluation
 
@@ -50,22 +53,20 @@ class Split:
             rows = parallel.shard(rows)
             yield self._floats(self.images[rows]), self.labels[rows]
 
-    def shuffled(
-        self, batch_size: int, seed: int, augment: Augmentation | None = None
-    ) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def shuffled(self, batch_size: int, seed: int, augment: Augmentation | None = None) -> Batches:
         """Yield (float32 images, labels, rows of the batch over all processes); `seed` fixes order and augmentation."""
         if isinstance(augment, (list, tuple)):
             raise InputError("these images lie in memory: augment them by a function, such as crop_and_flip()")
         random, device = torch.Generator().manual_seed(seed), self.labels.device
         order = torch.randperm(len(self), generator=random).to(device)
         change = augment(len(self), random, device) if augment else lambda images, rows: images
-        for batch in _whole_enough(order.split(batch_size)):
+        for batch in _to_train_on(order, batch_size):
             rows = parallel.shard(batch)
             yield self._floats(change(self.images[rows], rows)), self.labels[rows], len(batch)
 
     def steps(self, batch_size: int) -> int:
         """Number of batches in an epoch of training."""
-        return _steps(len(self), batch_size)
+        return len(_to_train_on(torch.arange(len(self)), batch_size))
 
     def _floats(self, images: Tensor) -> Tensor:
         images = images.float().div_(255)
@@ -93,45 +94,46 @@ class FileSplit:
     def batches(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """As `Split.batches`: the short side scaled to 256, the middle 224 x 224."""
         transforms = torchvision().transforms.v2
-        steps = [transforms.Resize(RESIZED), transforms.CenterCrop(CROP), transforms.PILToTensor()]
-        size = batch_size or EVALUATED_PIXELS // CROP**2
-        yield from self._read(torch.arange(len(self)).split(size), transforms.Compose(steps))
+        batches = torch.arange(len(self)).split(batch_size or EVALUATED_PIXELS // CROP**2)
+        for images, labels, _ in self._read(batches, [middle, transforms.Resize(RESIZED), transforms.CenterCrop(CROP)]):
+            yield images, labels
 
-    def shuffled(self, batch_size: int, seed: int, augment: list) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def shuffled(self, batch_size: int, seed: int, augment: list) -> Batches:
         """As `Split.shuffled`; the images are changed by a list of torchvision's transforms to one size."""
         if not isinstance(augment, (list, tuple)):
             raise InputError("these images are read from files: augment them by a list of torchvision's transforms")
-        transforms = torchvision().transforms.v2
-        steps = [*augment, transforms.PILToTensor()]
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        batches = list(_whole_enough(order.split(batch_size)))
-        read = self._read(batches, transforms.Compose(steps), seed)
-        for batch, (images, labels) in zip(batches, read, strict=True):
-            yield images, labels, len(batch)
+        yield from self._read(_to_train_on(order, batch_size), augment, seed)
 
-    def steps(self, batch_size: int) -> int:
-        """Number of batches in an epoch of training."""
-        return _steps(len(self), batch_size)
+    steps = Split.steps
 
-    def _read(self, batches, transform, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        device = self.labels.device
+    def _read(self, batches, steps, seed: int | None = None) -> Batches:
+        """As `shuffled`, which has a seed; leaves out what cannot be read, and batches of which too little can."""
+        device, seen = self.labels.device, 0
         mean, std = (torch.tensor(v, device=device)[:, None, None] for v in IMAGENET)
-        parts = [parallel.shard(batch) for batch in batches]
+        transforms, parts = torchvision().transforms.v2, [parallel.shard(batch) for batch in batches]
         loader = torch.utils.data.DataLoader(
-            _Decoded(self.paths, transform, seed),
+            _Decoded(self.paths, transforms.Compose([*steps, transforms.PILToTensor()]), seed),
             batch_sampler=[part.tolist() for part in parts],
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
         )
-        for rows, (images, errors) in zip(parts, loader, strict=True):
+        for batch, rows, (images, errors) in zip(batches, parts, loader, strict=True):
+            together = len(batch)
             if errors:
                 unreadable(errors, self.skip)
                 rows = rows[[k for k in range(len(rows)) if k not in errors]]
-                if not len(rows):
-                    continue
-            images = images.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
-            yield images, self.labels[rows.to(device)]
+            if self.skip:  # all processes leave out the same batches, so that none waits for another
+                enough = seed is None or len(rows) >= min(2, together // parallel.size())
+                together, able = map(int, parallel.total(*torch.tensor([len(rows), enough], device=device)))
+                together *= able == parallel.size()
+            seen += together
+            if together:
+                images = images.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
+                yield images, self.labels[rows.to(device)], together
+        if not seen:
+            raise InputError(f"no batch of {len(self)} images has enough that can be read; see `data_dir`")
 
 
 class _Decoded(torch.utils.data.Dataset):
@@ -158,17 +160,22 @@ def _collate(images: list[Tensor | str]) -> tuple[Tensor, dict[int, str]]:
     return torch.stack(read) if read else torch.empty(0, 3, CROP, CROP, dtype=torch.uint8), errors
 
 
-def _whole_enough(batches: tuple[Tensor, ...]) -> Iterator[Tensor]:
-    """The batches without a last one that has fewer than two rows per process: batch norm cannot train on it."""
-    return (batch for batch in batches if len(batch) >= 2 * parallel.size())
+def middle(image: Image.Image) -> Image.Image:
+    """The middle of a thin picture, which would be huge once scaled; of others the whole."""
+    (width, height), short = image.size, min(image.size)
+    if max(width, height) <= THIN * short:
+        return image
+    left, top = ((side - 2 * short) // 2 if side > 2 * short else 0 for side in (width, height))
+    return image.crop((left, top, width - left, height - top))
 
 
-def _steps(rows: int, batch_size: int) -> int:
-    least = 2 * parallel.size()
-    steps = rows // batch_size * (batch_size >= least) + (rows % batch_size >= least)
-    if not steps:
-        raise InputError(f"`batch_size` {batch_size}: no batch of {rows} images has two for each process")
-    return steps
+def _to_train_on(order: Tensor, batch_size: int) -> list[Tensor]:
+    """The batches; a last one that has fewer than two images per process, as batch norm needs, only if all are such."""
+    least = max(parallel.size(), min(batch_size, 2 * parallel.size()))
+    batches = [batch for batch in order.split(batch_size) if len(batch) >= least]
+    if not batches:
+        raise InputError(f"`batch_size` {batch_size}: no batch of {len(order)} images has {least}, as training needs")
+    return batches
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,7 @@ class Data:
     classes : number of classes of the whole data set, so of a network's outputs
     chosen : names of the classes whose images are used, if not all
     selection : what chooses the epoch that is kept; None: nothing, it is the last one
-    fingerprint : SHA-256 of all images and labels; of images that are read as needed, of the files' names
+    fingerprint : SHA-256 of all images and labels; of images that are read as needed, see `datasets`
     """
 
     name: str
@@ -293,14 +300,15 @@ def load(
     Raises
     ------
     InputError
-        If files are missing and cannot be downloaded, a class is unknown, or `val_size` leaves no training or too few
-        validation images.
+        If files are missing or damaged, a class is unknown, or `val_size` leaves too few images of some class.
     """
-    source = DATASETS[name](Path(folder), name, skip)
+    source = DATASETS[name](Path(folder).absolute(), name, skip)
     digest = source.fingerprint or _fingerprint(source)
     (train_x, train_y), (test_x, test_y) = (
         _only(part, source.classes, classes) for part in (source.train, source.test)
     )
+    if not len(train_y) or not len(test_y):
+        raise InputError(f"`dataset` {name}: the {'test' if len(train_y) else 'training'} set has no images")
     train_rows, val_rows = _hold_out(train_y.numpy(), val_size)
     if isinstance(train_x, np.ndarray):
         whole, test = (FileSplit(x, y.to(device), workers, skip) for x, y in ((train_x, train_y), (test_x, test_y)))
@@ -324,7 +332,7 @@ def _only(part: tuple, names: list[str], chosen: list[str] | None) -> tuple:
         return part
     unknown = [name for name in chosen if name not in names]
     if unknown:
-        some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        some = ", ".join(map(shown, names[:10])) + (", ..." if len(names) > 10 else "")
         raise InputError(f"`classes` {unknown[0]}: no such class; legal: {some}")
     images, labels = part
     rows = torch.isin(labels, torch.tensor([names.index(name) for name in chosen]))
@@ -346,7 +354,10 @@ def _hold_out(labels: np.ndarray, val_size: int) -> tuple[Tensor, Tensor]:
     rows = np.arange(len(labels))
     if val_size == 0:
         return torch.from_numpy(rows), torch.empty(0, dtype=torch.int64)
-    least = len(np.unique(labels))
+    classes, sizes = np.unique(labels, return_counts=True)
+    if sizes.min() < 2:
+        raise InputError(f"`val_size` {val_size}: class {classes[sizes.argmin()]} has one image; legal: 0")
+    least = len(classes)
     if not least <= val_size <= len(labels) - least:
         raise InputError(f"`val_size` {val_size}: legal: 0, or {least} to {len(labels) - least}")
     train, val = train_test_split(rows, test_size=val_size, random_state=SPLIT_SEED, stratify=labels)

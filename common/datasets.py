@@ -2,7 +2,10 @@
 
 import contextlib
 import hashlib
+import logging
+import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,10 @@ from common import artifacts, files, records
 from common.errors import InputError, reason
 
 SPLIT_SEED = 0  # which images are held out belongs to the data set: the same in every stage, seed and rerun
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # of image files: torchvision's
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # what such a file may hold; none runs other programs
+SAMPLED = 1000  # files whose contents are in the fingerprint of a data set too large to be read whole
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a file is in the error that it raises
 
 
 @dataclass(frozen=True)
@@ -39,12 +46,42 @@ class Source:
 
 
 def _idx_files(folder: Path, name: str, skip: bool) -> Source:
-    """MNIST and its relatives, read (and downloaded, where possible) by torchvision."""
+    """MNIST and its relatives; torchvision downloads and unpacks what is absent."""
     raw = folder / name / "raw"
-    names = "train-images-idx3-ubyte train-labels-idx1-ubyte t10k-images-idx3-ubyte t10k-labels-idx1-ubyte"
-    train, test = _downloaded(folder, name, raw, f"put {names} (or their .gz) there")
-    parts = ((part.data[:, None], part.targets) for part in (train, test))
-    return Source(*parts, [str(digit) for digit in range(10)])
+    paths = [raw / f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    if not all(path.is_file() for path in paths):
+        _downloaded(folder, name, raw, f"put {' '.join(path.name for path in paths)} (or their .gz) there")
+    train, test = ((_idx(images, 28, 28)[:, None], _idx(labels).long()) for images, labels in (paths[:2], paths[2:]))
+    _check(paths[1], *train)
+    _check(paths[3], *test)
+    if len(test[0]) > len(train[0]):
+        raise InputError(f"{paths[2]}: {len(test[0]):,} images, and {len(train[0]):,} to train on: they are swapped")
+    return Source(train, test, [str(digit) for digit in range(10)])
+
+
+def _idx(path: Path, *shape: int) -> Tensor:
+    """Bytes in MNIST's format: two zeros, the type 8, the rank, the sizes in four bytes each, the values."""
+    try:
+        content, rank = path.read_bytes(), 1 + len(shape)
+        if content[:4] != bytes([0, 0, 8, rank]):
+            what = (
+                "is packed by gzip: unpack it" if content[:2] == b"\x1f\x8b" else f"has not {rank} dimensions of bytes"
+            )
+            raise ValueError(f"it {what}")
+        sizes = np.frombuffer(content, ">u4", rank, 4).tolist()
+        if sizes[1:] != list(shape):
+            raise ValueError(f"its images are {sizes[1:]}, not {list(shape)}")
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * rank).reshape(sizes)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} is no usable idx file ({reason(error)}); replace it") from error
+
+
+def _check(path: Path, images: Tensor, labels: Tensor) -> None:
+    """Refuse images and labels that do not belong together."""
+    if len(labels) != len(images):
+        raise InputError(f"{path}: {len(labels):,} labels for {len(images):,} images; replace the wrong ones")
+    if not 0 <= labels.min() <= labels.max() <= 9:
+        raise InputError(f"{path}: labels from {labels.min()} to {labels.max()}; legal: 0 to 9")
 
 
 def _cifar10(folder: Path, name: str, skip: bool) -> Source:
@@ -53,9 +90,10 @@ def _cifar10(folder: Path, name: str, skip: bool) -> Source:
     if tree.is_dir() and not original.is_dir():
         return _small_images(tree, skip)
     train, test = _downloaded(folder, name, original, f"put it there, or image files into {tree}/{{train,test}}/CLASS/")
-    parts = (
-        (torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in (train, test)
-    )
+    parts = []
+    for part in (train, test):
+        parts.append((torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)))
+        _check(original, *parts[-1])
     return Source(*parts, train.classes, natural=True)
 
 
@@ -72,13 +110,21 @@ def _digits(folder: Path, name: str, skip: bool) -> Source:
 
 
 def _imagenet(folder: Path, name: str, skip: bool) -> Source:
-    """The standard folders train/<wnid>/ and val/<wnid>/, here or in imagenet/ below; `val` is the test set."""
+    """The standard folders train/<wnid>/ and val/<wnid>/, here or in imagenet/ below; `val` is the test set.
+
+    Its fingerprint is of all names and sizes and some contents: reading all takes hours, times are not those of a copy.
+    """
     root = folder / "imagenet" if (folder / "imagenet").is_dir() else folder
-    train, test = (_image_folder(root / part) for part in ("train", "val"))
-    _same_classes(root, train.classes, test.classes)
-    listing = "\n".join(str(Path(path).relative_to(root)) for path, _ in train.samples + test.samples)
-    parts = ((np.array([path for path, _ in p.samples]), torch.tensor(p.targets)) for p in (train, test))
-    return Source(*parts, train.classes, natural=True, fingerprint=hashlib.sha256(listing.encode()).hexdigest())
+    classes, *parts = _tree(root, "val")
+    paths = [path for part in parts for path in part[0]]
+    digest = _listing(root, paths, "st_size")
+    for path in paths[:: -(-len(paths) // SAMPLED)]:
+        with contextlib.suppress(OSError):
+            if Path(path).is_file():  # a pipe would keep its reader waiting
+                with Path(path).open("rb") as file:
+                    digest.update(file.read(2**20))
+    parts = ((np.array(files), labels) for files, labels in parts)
+    return Source(*parts, classes, natural=True, fingerprint=digest.hexdigest())
 
 
 DATASETS = {
@@ -96,72 +142,98 @@ def _downloaded(folder: Path, name: str, where: Path, remedy: str):
     new = files.absent(where)
     try:
         return [dataset(folder, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # torchvision raises whatever a damaged file leads it to
         files.remove_empty(new)  # one that holds part of a download stays
-        raise InputError(
-            f"`dataset` {name}: no usable files in {where} and no download ({reason(error)}); {remedy}, "
-            "or name another `data_dir`"
-        ) from error
+        what = f"`dataset` {name}: no usable files in {where} and no download ({reason(error)})"
+        raise InputError(f"{what}; {remedy}, or name another `data_dir`") from error
 
 
-def _image_folder(root: Path):
-    """The images of one folder per class, as torchvision lists them."""
+def _tree(root: Path, test: str) -> tuple[list[str], tuple[list[str], Tensor], tuple[list[str], Tensor]]:
+    """The classes, which are the folders in train/, and both splits' files and labels; `test` may lack classes."""
     try:
-        return torchvision().datasets.ImageFolder(root)
+        classes, tested = (
+            sorted(path.name for path in (root / part).iterdir() if path.is_dir() and path.name[0] != ".")
+            for part in ("train", test)
+        )
     except OSError as error:
-        raise InputError(
-            f"{root} must hold one folder of images per class ({reason(error)}); see `data_dir`"
-        ) from error
+        what = f"{root}: train/ and {test}/ must hold one folder of images per class"
+        raise InputError(f"{what} ({reason(error)}); see `data_dir`") from error
+    odd = [name for name in tested if name not in classes]
+    if odd or not tested:
+        what = f"the class folder {shown(odd[0])} is not in {root / 'train'}" if odd else "it has no class folders"
+        raise InputError(f"{root / test}: {what}")
+    splits = []
+    for part, names in (("train", classes), (test, tested)):
+        found = {classes.index(name): _images_below(root / part / name) for name in names}
+        labels = torch.tensor([label for label, paths in found.items() for _ in paths])
+        splits.append(([path for paths in found.values() for path in paths], labels))
+    return classes, *splits
 
 
-def _same_classes(root: Path, train: list[str], test: list[str]) -> None:
-    if train != test:
-        odd = sorted(set(train) ^ set(test))[0]
-        raise InputError(f"{root}: the class folder {odd} is in one of the two splits only")
+def _images_below(folder: Path) -> list[str]:
+    """The image files of a class, at any depth, in the order in which torchvision has them; hidden ones are none."""
+    walked, errors, seen = [], [], {os.path.realpath(folder.parent), os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
+        within = {os.path.realpath(f"{parent}/{name}"): name for name in folders if name[0] != "."}
+        folders[:] = [name for real, name in within.items() if real not in seen]  # links may lead back
+        seen |= within.keys()
+        walked.append((parent, sorted(n for n in names if n[0] != "." and n.lower().endswith(SUFFIXES))))
+    found = [f"{parent}/{name}" for parent, names in sorted(walked) for name in names]
+    if errors or not found:
+        raise InputError(f"{shown(folder)}: {reason(errors[0]) if errors else 'no image files'}; see `data_dir`")
+    return found
+
+
+def _listing(root: Path, paths: list[str], *fields: str):
+    """SHA-256, to be continued, of files' names below the root and of these fields of their status."""
+
+    def line(path: str) -> bytes:
+        status = None  # of a link to nowhere
+        with contextlib.suppress(OSError):
+            status = os.stat(path)  # noqa: PTH116, a Path would take longer than the call
+        return os.fsencode(f"{path.removeprefix(str(root))} {[getattr(status, field, None) for field in fields]}")
+
+    return hashlib.sha256(b"\0".join(map(line, paths)))
 
 
 def _small_images(root: Path, skip: bool) -> Source:
-    """Image files of one size below train/<class>/ and test/<class>/, decoded once and then kept as one array.
+    """Image files of 32 x 32 pixels below train/<class>/ and test/<class>/, decoded once and then kept as one array.
 
-    The array, decoded.npy, has one row per image, its label and then its pixels; its record holds the checksum, and a
-    hash of the names and sizes of the files it was made from: when these change, it is made anew.
+    The record of decoded.npy holds its checksum and a hash of the files' names, sizes and times of change of status,
+    which no program can set back: when these differ, it is made anew. To read all files at every start takes longer.
     """
-    parts = [_image_folder(root / part) for part in ("train", "test")]
-    _same_classes(root, *(part.classes for part in parts))
-    samples, border = [sample for part in parts for sample in part.samples], len(parts[0].samples)
-    names = (f"{Path(path).relative_to(root)} {Path(path).stat().st_size}" for path, _ in samples)
-    listing = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    classes, (train, train_labels), (test, test_labels) = _tree(root, "test")
+    paths, labels, border = train + test, torch.cat([train_labels, test_labels]), len(train)
+    listing = _listing(root, paths, "st_size", "st_ctime_ns").hexdigest()
     cache = root / "decoded.npy"
     record = records.record_path(cache)
     known = records.read(record) if cache.is_file() and record.is_file() else {}
     if known.get("listing") == listing and "files" in known:  # without checksums the run that made it was killed
-        rows = artifacts.load_array(cache, record, "remove it")
+        pixels = artifacts.load_array(cache, record, "remove it")
     else:
-        decoded = [_row(path, label) for path, label in samples]
-        errors = {k: row for k, row in enumerate(decoded) if isinstance(row, str)}
-        rows = np.stack([row for row in decoded if not isinstance(row, str)] or [np.zeros(1, np.uint8)])
-        border -= sum(k < border for k in errors)
+        decoded = [_pixels(path) for path in paths]
+        errors = {k: image for k, image in enumerate(decoded) if isinstance(image, str)}
+        read = [k for k in range(len(paths)) if k not in errors]
+        pixels = np.array([decoded[k] for k in read], np.uint8).reshape(-1, 3, 32, 32)
+        labels, border = labels[read], sum(k < border for k in read)
         if errors:
             unreadable(errors, skip)
         else:
             with contextlib.suppress(OSError):  # a folder that cannot be written to costs the decoding every time
-                records.save({cache: artifacts.array_bytes(rows)}, {"listing": listing})
-    side = int((rows[0, 1:].size / 3) ** 0.5)
-    images, labels = torch.from_numpy(rows[:, 1:]).reshape(-1, 3, side, side), torch.from_numpy(rows[:, 0]).long()
-    return Source(
-        (images[:border], labels[:border]), (images[border:], labels[border:]), parts[0].classes, natural=True
-    )
+                records.save({cache: artifacts.array_bytes(pixels)}, {"listing": listing})
+    images = torch.from_numpy(pixels)
+    return Source((images[:border], labels[:border]), (images[border:], labels[border:]), classes, natural=True)
 
 
-def _row(path: str, label: int) -> np.ndarray | str:
-    """A small image's label and pixels, or what is wrong with it."""
+def _pixels(path: str) -> np.ndarray | str:
+    """A small image (3, 32, 32), or what is wrong with it."""
     try:
-        pixels = read_image(path)
+        image = read_image(path)
     except InputError as error:
         return str(error)
-    if pixels.size != (32, 32):
-        return f"{path} has {pixels.size[0]} x {pixels.size[1]} pixels; 32 x 32 are wanted"
-    return np.concatenate([[np.uint8(label)], np.asarray(pixels).transpose(2, 0, 1).ravel()])
+    if image.size != (32, 32):
+        return f"{shown(path)} has {image.size[0]} x {image.size[1]} pixels; 32 x 32 are wanted"
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def unreadable(errors: dict[int, str], skip: bool) -> None:
@@ -173,12 +245,32 @@ def unreadable(errors: dict[int, str], skip: bool) -> None:
 
 
 def read_image(path: str) -> Image.Image:
-    """An image file in RGB, decoded whole."""
+    """An image file's first frame in RGB; alpha is dropped and EXIF's orientation not applied, as torchvision does."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is no readable image ({reason(error)}); replace it or remove it") from error
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("it is no file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow thinks of metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(str(path), formats=FORMATS) as image:
+                return _eight_bits(image).convert("RGB")
+    except Exception as error:  # Pillow raises whatever a damaged file leads it to
+        raise InputError(f"{shown(path)} is no readable image ({reason(error)}); replace it or remove it") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey values of more bits by their upper 8, as Pillow itself does with colours; others as they are."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 is the number of bits, 262 is 0 where 0 means white
+    if image.mode == "F" or (image.mode == "I" and tags) or (image.mode[0] == "I" and tags.get(262) == 0):
+        raise ValueError(f"mode {image.mode}: which values are black and white is not known; save it with 8 bits")
+    if image.mode[0] != "I":
+        return image
+    return Image.fromarray((np.asarray(image) >> tags.get(258, (16,))[0] - 8).astype(np.uint8))
+
+
+def shown(path) -> str:
+    """A file's name in one line, whatever is in it."""
+    return str(path) if str(path).isprintable() else ascii(str(path))
 
 
 def torchvision():

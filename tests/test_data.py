@@ -1,6 +1,7 @@
 """Data sets, splits and batches."""
 
 import itertools
+import os
 import pickle
 import shutil
 
@@ -175,6 +176,13 @@ def test_cifar_tree_is_decoded_once(photographs, tmp_path, monkeypatch):
     records.write(records.record_path(cache), {"listing": record["listing"], "status": "running"})
     again = load("CIFAR10", tmp_path, val_size=8, device=CPU)  # as if the run that decodes had been killed
     assert again.fingerprint == data.fingerprint
+    changed = tmp_path / "cifar10/train/china/1.jpg"
+    there = changed.stat()
+    changed.write_bytes(changed.read_bytes()[:-2] + b"\xff\xd9")  # of the same size, and as old
+    os.utime(changed, ns=(there.st_atime_ns, there.st_mtime_ns))
+    monkeypatch.setattr("common.datasets.read_image", lambda _: Image.new("RGB", (32, 32)))
+    assert not load("CIFAR10", tmp_path, val_size=0, device=CPU).train.images.any()
+    monkeypatch.undo()
     (tmp_path / "cifar10/train/china/0.jpg").unlink()
     assert len(load("CIFAR10", tmp_path, val_size=8, device=CPU).train) == 39
 
@@ -241,9 +249,9 @@ def test_damaged_image_folders_are_named(photographs, tmp_path, name, damage):
     elif damage == "cut off":
         victim.write_bytes(victim.read_bytes()[:200])
     elif damage == "missing class":
-        shutil.rmtree(tmp_path / tree / other / "flower")
+        shutil.rmtree(tmp_path / tree / "train" / "flower")
     else:
         Image.new("RGB", (32, 31)).save(victim)
-    expected = "flower is in one" if damage == "missing class" else "1.jpg"
+    expected = rf"{other}: the class folder flower is not in" if damage == "missing class" else r"1\.jpg"
     with pytest.raises(InputError, match=expected):
         list(load(name, tmp_path, val_size=0, device=CPU).train.batches(4))
