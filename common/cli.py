@@ -19,6 +19,7 @@ import joblib
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import artifacts, parallel, records, runs, scoring
 from common.cmi import ESTIMATORS, kde
@@ -112,13 +113,13 @@ EVERYDAY = {
     "Save_dir": _flag("13", results_path, "the runs go to SAVE_DIR/0, SAVE_DIR/1, ..."),
     "Epoch": _flag("13", COUNT, "epochs"),
     "Batch_size": _flag("13", COUNT, "images per step, over all processes"),
-    "Lr": _flag("13", POSITIVE, "learning rate"),
+    "Lr": _flag("13", POSITIVE, "learning rate; with --Schedule one-cycle its peak"),
     "Dataset": _flag("13", DATASETS, "data set"),
     "Data_dir": {"stages": "13", **DATA_DIR},
     "Seed": _flag("13", INDEX, "seed of the first run", 0),
     "Expt_rerun": _flag("13", COUNT, "number of runs, with seeds SEED, SEED + 1, ...", 1),
     "Select": _flag("13", ("val", "last", "test"), "epoch kept: best on held-out images, last, best on test", "val"),
-    "key_id": _flag("23", INDEX, "which layer pair ('all': every one) or pruned share of the grid, from 0"),
+    "key_id": _flag("23", INDEX, "from 0, stage 2: the pair of PAIRS, or 'all'; stage 3: the share of the grid"),
     "weights_dir": _flag("2", results_path, "where the checkpoint lies and the scores go"),
     "name_postfix": _flag("2", plain_name, "tells score files of one directory apart", "cmi"),
     "dataset": _flag("2", DATASETS, "data set"),
@@ -129,7 +130,7 @@ EVERYDAY = {
     "Retrain": _flag("3", results_path, "the checkpoint to prune"),
     "Prune_per": _flag("3", SHARE, "the pruned share itself, instead of the grid and KEY_ID"),
     "Prune_of_network": _flag("3", None, "pruned shares are of all weights, not of the masked layers'", **ON),
-    "Criterion": _flag("3", CRITERIA, "what ranks the blocks; see the README", "cmi"),
+    "Criterion": _flag("3", CRITERIA, "what ranks the blocks: scores, also times mean weight, or a control", "cmi"),
 }
 PRUNING = {
     "children_key": _flag("3", None, "the layers that are pruned (default: the MAX_SPARSITY of model.py)", **MANY),
@@ -141,15 +142,17 @@ PRUNING = {
     "upper_prune_per": _flag("3", SHARE, "end of the grid of pruned shares"),
     "prune_per_step": _flag("3", number(float, 0, 1, above=True), "step of the grid of pruned shares"),
     "upper_prune_limit": _flag("3", SHARE, f"largest pruned share of a layer: {BY_LAYER}", **MANY),
-    "Even": _flag("3", None, "spread the kept blocks evenly over child and parent groups", **SWITCH),
-    "Refit": _flag("3", None, "refit the kept weights by least squares before retraining", **SWITCH),
+    "Even": _flag("3", None, "spread the kept blocks evenly over child and parent groups", False, **SWITCH),
+    "Refit": _flag("3", None, "refit the kept weights by least squares before retraining", False, **SWITCH),
     "Samples_per_class": _flag("3", COUNT, "training images of each class to refit with"),
-    "Retrain_mask": _flag("3", results_path, "DIR/I_parent_<postfix>.npy: the scores (cmi: beside RETRAIN)"),
+    "Retrain_mask": _flag("3", results_path, "the scores: DIR/I_parent_<postfix>.npy (cmi: beside RETRAIN)"),
     "Labels_file": _flag("3", results_path, "DIR/Labels_<postfix>.npy (default: beside the scores)"),
     "Labels_children_file": _flag("3", results_path, "DIR/Labels_children_<postfix>.npy (default: beside the scores)"),
     "given": _flag("2", ("rest", "kept"), "gaussian: given all other parents (default), or those not yet pruned"),
     "width": _flag(
-        "2", POSITIVE, f"kde: kernel width in square roots of the number of parent units (default: {kde.WIDTH})"
+        "2",
+        number(float, 1e-6, 1e6),
+        f"kde: kernel width in square roots of the number of parent units (default: {kde.WIDTH})",
     ),
     "precision": _flag("2", tuple(kde.PRECISIONS), "kde: arithmetic of the scores (default: single)"),
     "split_half": _flag("2", None, "also score two halves of the images; report their agreement", **ON),
@@ -160,7 +163,9 @@ RECIPE = {
     "Opt": _flag("13", OPTIMIZERS, "optimizer; sgd has momentum 0.9"),
     "Nesterov": _flag("13", None, "Nesterov momentum", **SWITCH),
     "Weight_decay": _flag("13", number(float, 0), "weight decay"),
-    "Schedule": _flag("13", SCHEDULES, "learning rate: falls at MILESTONES, along a cosine, or rises first", "steps"),
+    "Schedule": _flag(
+        "13", SCHEDULES, "learning rate: falls at MILESTONES; along a cosine to 0; up from LR/25, then to 0", "steps"
+    ),
     "Milestones": _flag("13", COUNT, "epochs after which the learning rate is multiplied by GAMMA", nargs="*"),
     "Gamma": _flag("13", POSITIVE, "factor of the learning rate at the milestones"),
     "Warm_up": _flag("13", SHARE, "one-cycle: share of the epochs in which the learning rate rises", 0.3),
@@ -203,7 +208,11 @@ AS_EVER = {"Schedule": "steps", "Warm_up": 0.3, "Label_smoothing": 0.0}
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        meant = [
+            name for name in FLAGS if f"--{name}".lower() in message.lower().split() and _stage in FLAGS[name]["stages"]
+        ]
+        hint = f"; meant --{meant[0]}?" if message.startswith("unrecognized") and meant else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint}\n")
 
 
 def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] | None = None) -> argparse.Namespace:
@@ -230,11 +239,22 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
     return args
 
 
+def _check_batch_size(args: argparse.Namespace, model: ModuleType) -> None:
+    """Every process trains on an image at least, and batch norm on two."""
+    normed = any(isinstance(module, _BatchNorm) for module in model.build(args.Dims).modules())
+    least = parallel.size() * (2 if normed else 1)
+    if args.Batch_size < least:
+        why = "batch norm needs two images" if normed else "there is to be one image"
+        raise InputError(f"--Batch_size {args.Batch_size}: {why} for each process; legal: {least} or more")
+
+
 _stage = "1"  # of the script that runs: whose flags errors speak of
 
 
 def _defaults(model: ModuleType, stage: int) -> dict:
     """The values of model.py, by flag."""
+    for table in ("TRAINING", "RETRAINING"):
+        _check_values(f"model.py: {table}", getattr(model, table))
     base = f"{model.NAME}/baseline"
     if stage == 2:
         known = {"dataset": model.TRAINING["Dataset"], "dims": model.TRAINING["Dims"], "model": model.NAME}
@@ -243,6 +263,21 @@ def _defaults(model: ModuleType, stage: int) -> dict:
         return {**model.TRAINING, "Model": model.NAME, "Save_dir": base}
     known = {"Retrain": f"{base}/0/logits_best.pkl", "Samples_per_class": model.SAMPLES_PER_CLASS}
     return {**model.RETRAINING, **known, "Model": model.NAME, "Save_dir": f"{model.NAME}/pruned"}
+
+
+def _check_values(where: str, values: dict) -> None:
+    """Refuse values that no flag has, or not this one."""
+    for name, value in values.items():
+        if name not in FLAGS:
+            raise InputError(f"{where} holds {name}, which is no flag; see --help")
+        kind, choices = FLAGS[name].get("type"), FLAGS[name].get("choices")
+        for one in value if isinstance(value, list) else [value]:
+            if choices is not None and one not in choices:
+                raise InputError(f"{where}, {name}: {one!r} is none of {', '.join(choices)}")
+            try:
+                _ = kind and kind(str(one))
+            except argparse.ArgumentTypeError as error:
+                raise InputError(f"{where}, {name}: {error}") from error
 
 
 def _options(name: str, flag: dict, defaults: dict) -> dict:
@@ -274,12 +309,16 @@ def _shown(value) -> str:
 def _check_training(args: argparse.Namespace, model: ModuleType) -> None:
     if args.Select == "val" and args.Val_size == 0:
         raise InputError("--Val_size 0 leaves nothing to choose the best epoch by; give a size, or --Select test")
+    if args.Schedule != "one-cycle" and args.Warm_up != AS_EVER["Warm_up"]:
+        raise InputError(f"--Warm_up belongs to --Schedule one-cycle, not to {args.Schedule}")
     if args.Dropout is not None:
         set_dropout(model.build(args.Dims), args.Dropout)
     if args.stage == 1 and args.Weights and args.Init:
         raise InputError("--Weights and --Init: the one trains nothing, the other starts a training; give one")
     if args.stage == 1 and args.Weights:
         args.Epoch = 0
+    if args.Epoch and args.Batch_size < 2 * parallel.size():
+        _check_batch_size(args, model)
 
 
 def _check_scoring(args: argparse.Namespace, model: ModuleType) -> None:
@@ -364,8 +403,16 @@ def start_run(
         parallel.assert_in_sync(mask)
     coarse = "" if mask is None else " (coarse groups give several shares one file)"
     options = {"seed": args.Seed + rerun, "select": args.Select, "resume": args.Resume, "mask": mask}
-    options["remedy"] = f"name another --Save_dir, or remove it{coarse}"
+    options["remedy"] = f"name another --Save_dir, or remove {name.removesuffix('.pkl')}.*{coarse}"
     return runs.start(args.Save_dir / str(rerun) / name, record, images, **options)
+
+
+def _note_other_code(args: argparse.Namespace, checkpoint: Path) -> None:
+    """Say if model.py is not what it was when the checkpoint was made."""
+    known = records.record_path(checkpoint)
+    made = records.read(known).get("code", {}).get("model.py") if known.is_file() else None
+    if made and made != args.code["code"].get("model.py") and parallel.rank() == 0:
+        print(f"{checkpoint} was made with other code in model.py")
 
 
 def weights_path(args: argparse.Namespace) -> Path:
@@ -380,6 +427,7 @@ def pending_pairs(
     """The layer pairs that stage 2 is asked for and that are not scored yet, alone with their files."""
     known = {"inputs": records.checksums(weights_path(args)), "data": images.describe(), **args.code}
     known |= records.environment(images.device)
+    _note_other_code(args, weights_path(args))
     families, todo = artifacts.score_paths(args.weights_dir, args.name_postfix), []
     with contextlib.ExitStack() as locks:
         for key_id, *groups in zip(args.key_ids, args.parent_clusters, args.children_clusters, strict=True):
@@ -390,7 +438,7 @@ def pending_pairs(
             arguments = recorded(argparse.Namespace(**{**vars(args), **of_pair}))
             record = {"stage": 2, "arguments": arguments, **known}
             locks.enter_context(file_lock(paths[0]))
-            if not records.is_complete(paths[0], record, "name another --name_postfix, or remove it"):
+            if not records.is_complete(paths[0], record, f"name another --name_postfix, or remove {paths[0].stem}.*"):
                 todo.append(LayerPair(child, blocks, paths, record))
         yield todo
         if len(args.key_ids) > 1:
@@ -426,6 +474,7 @@ class Plan(NamedTuple):
 
 def pruning_plan(args: argparse.Namespace, network: nn.Module, model: ModuleType) -> Plan:
     """Blocks, scores and share that the flags ask for; without scores, blocks by the flags."""
+    _note_other_code(args, args.Retrain)
     families, blocks, scores, paths, made = score_families(args), {}, {}, [], {}
     checkpoint = records.checksums(args.Retrain)
     asked = zip(args.parent_key, args.children_key, args.parent_clusters, args.children_clusters, strict=True)

@@ -259,7 +259,7 @@ class Mask(dict):
 
         optimizer.register_step_post_hook(zero)
 
-    def by_layer(self) -> dict[str, float]:
+    def pruned_by_layer(self) -> dict[str, float]:
         """Percentage of every masked layer's weights that is pruned."""
         return {key: 100 * int((~kept).sum()) / kept.numel() for key, kept in self.items()}
 
@@ -275,7 +275,7 @@ def sparsity_report(network: nn.Module, mask: Mask) -> dict:
     return {
         "pruned_percent_masked_layers": mask.percent_pruned(),
         "pruned_percent_network": mask.percent_pruned(of=weight_count(network)),
-        "pruned_percent_by_layer": mask.by_layer(),
+        "pruned_percent_by_layer": mask.pruned_by_layer(),
         "memory_mib_masked_layers": memory(modules),
         "memory_mib_network": memory(list(network.modules())),
     }

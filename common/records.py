@@ -23,6 +23,7 @@ from common.errors import InputError, reason
 from common.files import ROOT, display_path
 
 MAKE_AGAIN = "remove it and run what made it again"
+DEFAULTS = {"TRAINING", "RETRAINING", "GROUPS", "MAX_SPARSITY", "SAMPLES_PER_CLASS"}  # compared as arguments
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
 
 
@@ -72,8 +73,8 @@ def save(contents: dict[Path, bytes], record: dict) -> None:
     write(known, {**record, "files": checksums})
 
 
-def is_complete(path: Path, record: dict, remedy: str) -> bool:
-    """Whether the run that writes this file is done already; says so.
+def is_complete(path: Path, record: dict, remedy: str, describe=None) -> bool:
+    """Whether the run that writes this file is done already; says so, with what `describe` makes of its record.
 
     Raises
     ------
@@ -88,7 +89,7 @@ def is_complete(path: Path, record: dict, remedy: str) -> bool:
     check_same(path, there, record, remedy)
     complete = there.get("status") == "complete" and path.is_file()
     if complete and parallel.rank() == 0:
-        print(f"{path} is complete already")
+        print(f"{path} is complete already" + (f": {describe(there)}" if describe else ""))
     return complete
 
 
@@ -97,11 +98,15 @@ def check_same(path: Path, before: dict, now: dict, remedy: str) -> None:
     for part, describe in DIFFERENCES.items():
         old, new = (_known(record, part) for record in (before, now))
         keys = (old.keys() | new.keys()) if part in ("arguments", "inputs") else (old.keys() & new.keys())
-        for key in sorted(keys):
-            if old.get(key) != new.get(key):
-                raise InputError(f"{path} is of a run with {describe(key, old.get(key), new.get(key))}; {remedy}")
+        said = [
+            describe(key, *(_shown(r, part, key) for r in (before, now)))
+            for key in sorted(keys)
+            if old.get(key) != new.get(key)
+        ]
+        if said:
+            raise InputError(f"{path} is of a run with {', '.join(said)}; {remedy}")
     if before.get("common", now.get("common")) != now.get("common") and parallel.rank() == 0:
-        print(f"{path} was begun with other code in common/; it is taken as it is")
+        print(f"{path} was begun with other code in common/; it counts all the same")
 
 
 DIFFERENCES = {  # what decides the result, and how a difference is said
@@ -111,6 +116,12 @@ DIFFERENCES = {  # what decides the result, and how a difference is said
     "code": lambda file, _old, _new: f"other code in {file}, which was edited since",
     "processes": lambda _key, old, new: f"{old} processes (now {new})",
 }
+
+
+def _shown(record: dict, part: str, key: str):
+    """An entry as the record holds it."""
+    value = record.get(part, {}) if part == "processes" else record.get(part, {}).get(key)
+    return "by default" if value in (None, {}) else value
 
 
 def _known(record: dict, part: str) -> dict:
@@ -137,8 +148,9 @@ def common_hash() -> str:
 
 
 def syntax_hash(path: Path) -> str:
-    """SHA-256 of the code in a file without comments, docstrings and layout."""
+    """SHA-256 of the code in a file without comments, docstrings, layout and the tables of flags' defaults."""
     tree = ast.parse(path.read_bytes())
+    tree.body = [node for node in tree.body if not _targets(node) & DEFAULTS]
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if (
@@ -149,6 +161,12 @@ def syntax_hash(path: Path) -> str:
         ):
             body[0].value.value = ""
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+
+
+def _targets(node: ast.AST) -> set[str]:
+    """The names that a statement assigns to."""
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def environment(device: torch.device) -> dict:

@@ -21,7 +21,13 @@ from common.masks import Mask, sparsity_report
 from common.training import Metrics, evaluate
 
 TOLERANCE = {"val": 1.0, "last": 0.0, "test": 0.0}  # standard errors; see `Run.log`
-SHOWN = {"lr": ".4g", "loss": ".4f", "accuracy": ".2f", "seconds": ".1f"}  # by the last part of a figure's name
+SHOWN = {
+    "lr": ".4g",
+    "loss": ".4f",
+    "accuracy": ".2f",
+    "seconds": ".1f",
+    "epoch": "d",
+}  # by the last part of a figure's name
 
 
 @contextlib.contextmanager
@@ -68,9 +74,9 @@ class Run:
         self.record = {**record, **more, **records.environment(data.device)}
         self.best, self.data, self.seed, self.mask = best, data, seed, mask
         self.state_file, self.select, self.resume, self.remedy = best.with_suffix(".state"), select, resume, remedy
-        self.finished = records.is_complete(best, self.record, remedy)
+        self.finished = records.is_complete(best, self.record, remedy, describe)
         self.lines, self.kept, self.kept_state, self.highest = [], {"epoch": 0}, None, 0.0
-        self.moments, self.start, self.next_save = {}, time.perf_counter(), 0.0
+        self.moments, self.start, self.next_save, self.titled = {}, time.perf_counter(), 0.0, False
         torch.manual_seed(seed)  # what is drawn from here on, such as a network's first weights
 
     def seed_of(self, epoch: int) -> int:
@@ -83,8 +89,10 @@ class Run:
         self._restore()
         if count == 0:
             self._keep({"epoch": 0})
-        elif not self.lines and parallel.rank() == 0:
-            print(f"{self.best.parent}: seed {self.seed}, {len(self.data.train):,} training images, {self.data.device}")
+        elif parallel.rank() == 0:
+            begun = f", goes on after epoch {len(self.lines)}" if self.lines else ""
+            images = f"{len(self.data.train):,} training images"
+            print(f"{self.best.parent}: seed {self.seed}, {images}, {self.data.device}{begun}")
         for epoch in range(len(self.lines) + 1, count + 1):
             self.epoch, self.began, self.rate = epoch, time.perf_counter(), optimizer.param_groups[0]["lr"]
             torch.manual_seed(self.seed_of(epoch) + parallel.rank())
@@ -108,7 +116,9 @@ class Run:
             self._diverge()
         self.lines.append(line)
         if parallel.rank() == 0:
-            print(*([_row(line, titles=True)] if self.epoch == 1 else []), _row(line), sep="\n", flush=True)
+            titles = [] if self.titled else [_row(line, titles=True)]
+            print(*titles, _row(line), sep="\n", flush=True)
+            self.titled = True
         if selected is None:
             self._keep(line, write=self.epoch == 1)
             return
@@ -118,7 +128,7 @@ class Run:
             self._keep(line)
 
     def remember(self, moment: str, network: nn.Module) -> None:
-        """Keep the weights as they are now; their accuracy on the test set goes into the record under this name."""
+        """Keep the weights as they are now; the record gets their test accuracy under that name, test_..."""
         self.moments[moment] = copy.deepcopy(network.state_dict())
 
     def finish(self, network: nn.Module, test: Split | FileSplit, *, last: str | None = None) -> dict:
@@ -206,7 +216,7 @@ def describe(record: dict) -> str:
     test = record["test"]
     chosen = f"epoch {record['best']['epoch']} by {record['epoch_chosen_by']}"
     if "pruned_percent_network" not in record:
-        return f"test accuracy {test['accuracy']:.2f} % (top-5 {test['top5']:.2f} %), {chosen}"
+        return f"test accuracy {test['accuracy']:.2f} % (top-5 {test.get('top5', math.nan):.2f} %), {chosen}"
     moments = [moment for moment in record if moment.startswith("test_")]
     early = (f"{record[m]['accuracy']:.2f} % {m.removeprefix('test_').replace('_', ' ')}, " for m in moments)
     return (
@@ -219,5 +229,5 @@ def describe(record: dict) -> str:
 
 def _row(line: dict, *, titles: bool = False) -> str:
     """An epoch's figures, or their names, in columns."""
-    cells = {name: format(value, SHOWN.get(name.split("_")[-1], "g")) for name, value in line.items()}
+    cells = {name: format(value, SHOWN.get(name.split("_")[-1], ".4g")) for name, value in line.items()}
     return "  ".join((name if titles else cell).rjust(max(len(name), 7)) for name, cell in cells.items())

@@ -88,9 +88,11 @@ def train_epoch(
 
 def make_optimizer(name: str, parameters, lr: float, weight_decay: float, nesterov: bool) -> Optimizer:
     """SGD with momentum 0.9, or Adam."""
+    if name == "sgd":
+        return SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, nesterov=nesterov, fused=True)
     if name == "adam":
         return Adam(parameters, lr, weight_decay=weight_decay, fused=True)
-    return SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+    raise InputError(f"`opt` {name} is none of {', '.join(OPTIMIZERS)}")
 
 
 def make_schedule(
@@ -108,7 +110,9 @@ def make_schedule(
         rates = [group["lr"] for group in optimizer.param_groups]
         rising = 0.0 if warm_up * total == 1 else min(float(warm_up), 1 - 1e-9)  # torch would divide by 0
         return OneCycleLR(optimizer, rates, total, pct_start=rising, cycle_momentum=False)
-    return MultiStepLR(optimizer, [steps * epoch for epoch in milestones], gamma)
+    if name == "steps":
+        return MultiStepLR(optimizer, [steps * epoch for epoch in milestones], gamma)
+    raise InputError(f"`schedule` {name} is none of {', '.join(SCHEDULES)}")
 
 
 def set_dropout(network: nn.Module, rate: float | None) -> nn.Module:

@@ -22,6 +22,8 @@ def rule(record: dict) -> str:
 
     Of scores that are given to a control only what it takes is named: groups and, of several layers, the shares.
     """
+    if "rule" in record:  # an own one, named by who wrote it
+        return record["rule"]
     arguments, scores = record["arguments"], scores_of(record)
     criterion, file = arguments["Criterion"], Path(arguments.get("Retrain_mask") or "").stem
     parts = [CRITERIA.get(criterion, criterion)]

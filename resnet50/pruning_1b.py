@@ -25,13 +25,14 @@ def score(args, network, images, pairs):
     sample = images.train[sample_per_class(images.train.labels, args.samples_per_class, args.seed)]
     layers = [pair.child for pair in pairs]
     activations = collect_activations(network, layers, sample)  # what each layer reads and returns, in one pass
+    # --given kept: how much of the outputs goes through each child unit is its signal-to-noise ratio
     sensitivity = output_sensitivity(network, layers, sample) if args.given == "kept" else {}
     for pair in pairs:
         parents, children = activations.pop(pair.child)  # (images, units)
         blocks = correlated_blocks(pair.blocks, children, parents) if args.grouping == "correlation" else pair.blocks
         options = cli.scoring_options(args, snr=sensitivity.get(pair.child))
-        estimate = pair.estimator(blocks, **options)  # common.cmi.layer_cmi, from where a killed run was
-        scores = estimate(children, parents)  # (child groups, parent groups)
+        estimate = pair.estimator(blocks, **options)  # common.cmi.layer_cmi of the blocks' groups
+        scores = estimate(children, parents)  # I(C_j; P_i | all other P); goes on where a killed run was
         figures, arrays = uncertainty(estimate, children, parents, scores, args.split_half, args.bootstrap, args.null)
         pair.save(estimate, scores, figures, arrays)
 

@@ -48,7 +48,7 @@ def retrain(args, images, run, dense, mask):
         run.log(metrics, evaluate(network, images.selection))  # prints a row; keeps the best epoch
         if epoch == 1:
             run.remember("test_after_1_epoch", network)
-    run.finish(network, images.test)  # reads the test set, once
+    run.finish(network, images.test)  # reads the test set
 
 
 def main():

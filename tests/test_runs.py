@@ -177,7 +177,7 @@ def test_other_code_in_common_is_said_and_taken(tmp_path, data, finished, capsys
         assert run.finished == finished
         if not finished:
             train(run, data)
-    assert "with other code in common/; it is taken as it is" in capsys.readouterr().out
+    assert "with other code in common/; it counts all the same" in capsys.readouterr().out
 
 
 def test_what_an_older_record_does_not_know_is_not_different(tmp_path, data):

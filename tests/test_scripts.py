@@ -477,7 +477,7 @@ def test_a_further_figure_in_the_rows(base, tmp_path, call_in):
     script = folder / STAGE3
     old = "run.log(metrics, evaluate(network, images.selection))"
     assert old in script.read_text()
-    script.write_text(script.read_text().replace(old, old[:-1] + ', fc2=100 - mask.by_layer()["fc2.weight"])'))
+    script.write_text(script.read_text().replace(old, old[:-1] + ', fc2=100 - mask.pruned_by_layer()["fc2.weight"])'))
     printed = call_in(folder, *prune(base, tmp_path / "out", "--Prune_per", "0.9"))
     assert printed.splitlines()[-4].split()[-2:] == ["fc2", "seconds"] or "fc2" in printed
     assert [line["fc2"] for line in record(tmp_path / "out" / "0" / "logits_90.00.pkl")["epochs"]] == [10.0] * 3

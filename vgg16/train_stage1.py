@@ -19,7 +19,7 @@ from common import cli, parallel
 from common.training import evaluate, make_optimizer, make_schedule, set_dropout, train_epoch
 
 
-def train(args, images, run):
+def train(args, images, run):  # from start_run on, what is drawn is drawn from the run's seed
     network = set_dropout(model.build(args.Dims), args.Dropout)
     cli.load_given(args, network, model)  # the weights of --Weights or --Init, if there are any
     network = parallel.place(network, images.device)
@@ -32,7 +32,7 @@ def train(args, images, run):
         batches = images.train.shuffled(args.Batch_size, run.seed_of(epoch), model.augment)
         metrics = train_epoch(trained, optimizer, schedule, batches, loss, amp=args.Amp)
         run.log(metrics, evaluate(network, images.selection))  # prints a row; keeps the best epoch
-    run.finish(network, images.test, last="logits_final.pkl")  # reads the test set, once
+    run.finish(network, images.test, last="logits_final.pkl")  # reads the test set
 
 
 def main():
