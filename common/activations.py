@@ -1,7 +1,8 @@
 """Paired activations of chosen layers: what a layer reads and what it returns, for the same images."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,23 +22,19 @@ def pool(features: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def forward_hooks(
-    network: nn.Module, keys: list[str], see: Callable[[str, Tensor | None, Tensor], None]
-) -> Iterator[None]:
+def forward_hooks(network: nn.Module, keys: list[str], see: Callable[[str, Tensor | None, Tensor], None]):
     """Within it, `see` is called with (key, input, output) at the moment when one of these layers has run.
 
-    What runs afterwards may change the input in place, so `see` keeps copies; the output stays as it is, since the
-    network goes on with a copy. The input is None where the layer was not called with it alone.
+    What runs afterwards may change the input in place; the output stays, since the network goes on with a copy. The
+    input is None where the layer was called with anything else than one tensor.
     """
 
-    def hook(key: str):
-        def on_run(_module, inputs: tuple, output: Tensor) -> Tensor:
-            see(key, inputs[0] if len(inputs) == 1 else None, output)
-            return output.clone() if isinstance(output, Tensor) else output
+    def on_run(key: str, _module, inputs: tuple, output: Tensor) -> Tensor:
+        see(key, inputs[0] if len(inputs) == 1 else None, output)
+        return output.clone() if isinstance(output, Tensor) else output
 
-        return on_run
-
-    handles = [network.get_submodule(key.removesuffix(".weight")).register_forward_hook(hook(key)) for key in keys]
+    layers = {key: network.get_submodule(key.removesuffix(".weight")) for key in keys}
+    handles = [layer.register_forward_hook(partial(on_run, key)) for key, layer in layers.items()]
     try:
         yield
     finally:
@@ -46,22 +43,18 @@ def forward_hooks(
 
 
 def run_order(network: nn.Module, keys: list[str], split: Split | FileSplit) -> list[str]:
-    """The keys in the order in which their layers run, found on the split's first images, in evaluation mode.
+    """The keys in the order in which their layers run on the split's first images.
 
-    Raises
-    ------
-    InputError
-        If a layer is none that can be scored and pruned: see `plain_layer`, and each must run once in a forward pass,
-        on one vector (images, features) or map (images, channels, ...) per image.
+    An InputError says which layer does not run once, on one vector (images, features) or map (images, channels, ...)
+    per image, or is not of a kind that can be pruned.
     """
     for key in keys:
         plain_layer(network, key)
     ran, _, count = _try(network, keys, split)
     for key in keys:
-        reads = [shape for name, shape in ran if name == key]
+        reads, axes = [shape for name, shape in ran if name == key], network.get_parameter(key).ndim
         if len(reads) != 1:
             raise InputError(f"{key} runs {len(reads)} times in a forward pass; layers that run once can be pruned")
-        axes = network.get_parameter(key).ndim
         if reads[0] is None or len(reads[0]) != axes or reads[0][0] != count:
             read = f"a tensor {tuple(reads[0])}" if reads[0] else "other arguments than one tensor"
             expected = {2: "features", 3: "channels, length", 4: "channels, height, width"}[axes]
@@ -79,9 +72,8 @@ def output_layer(network: nn.Module, split: Split | FileSplit) -> str | None:
 @torch.no_grad()
 def _try(network: nn.Module, keys: list[str], split: Split | FileSplit) -> tuple[list, Tensor, int]:
     """Run the network on two images: (key, input's shape) of every layer that ran, the outputs, number of images."""
+    ran, (images, _) = [], next(iter(split.batches(2 * parallel.size())))
     network.eval()
-    images, _ = next(iter(split.batches(2 * parallel.size())))
-    ran = []
     with forward_hooks(network, keys, lambda key, read, _: ran.append((key, getattr(read, "shape", None)))):
         outputs = network(images)
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:

@@ -14,22 +14,16 @@ from common.cmi.inputs import check_samples, standardise
 from common.errors import InputError
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+Arrays = list[np.ndarray]
 
 
 def plain_layer(network: nn.Module, key: str) -> nn.Module:
-    """The layer whose weight has this name in the state_dict, if blocks of it are defined.
-
-    Raises
-    ------
-    InputError
-        If it is no Linear, Conv1d or Conv2d, is grouped, or its weight is computed from others or is another layer's.
-    """
-    modules = dict(network.named_modules(remove_duplicate=False))
-    layer, kinds = modules.get(key.removesuffix(".weight")), ", ".join(kind.__name__ for kind in KINDS)
+    """The layer whose weight has this name in the state_dict; an InputError if blocks of it are not defined."""
+    layer = dict(network.named_modules(remove_duplicate=False)).get(key.removesuffix(".weight"))
     if not key.endswith(".weight") or layer is None:
         raise InputError(f"{key}: the network has no such layer")
     if type(layer) not in KINDS:  # weight norm and other parametrizations make it a class of their own
-        raise InputError(f"{key} is of a {type(layer).__name__}; legal: {kinds}")
+        raise InputError(f"{key} is of a {type(layer).__name__}; legal: Linear, Conv1d, Conv2d")
     if "weight" not in layer._parameters:
         raise InputError(f"{key} is computed from other parameters (weight norm, pruning); legal: a plain parameter")
     if getattr(layer, "groups", 1) != 1:
@@ -79,10 +73,9 @@ class Blocks:
 
 
 def contiguous_blocks(network: nn.Module, key: str, parents: int, children: int, last: str | None = None) -> Blocks:
-    """Blocks of a layer's weight with so many groups of inputs and of outputs.
+    """Blocks of a layer's weight with so many groups of inputs and of outputs; the last layer's outputs stay single.
 
-    The outputs of the network's last layer, its classes, stay single; `last` is its name as `output_layer` finds it, by
-    default the one that is registered last.
+    `last` is that layer as `output_layer` finds it; by default the one that is registered last.
     """
     weight = plain_layer(network, key).weight
     outputs, inputs = weight.shape[:2]
@@ -175,22 +168,15 @@ def select_blocks(
     rest = [b.sum(within[key]).astype(int) if key in within else b.weights for key, b in blocks.items()]
     kept = select([(like or ranks)[key] for key in blocks], sizes, sparsity, max_sparsity, rest)
     if balanced or like is not None:
-        for n, (key, size) in enumerate(zip(blocks, sizes, strict=True)):
-            share = (size.sum() - rest[n][kept[n]].sum()) / size.sum()
-            if balanced:
-                kept[n] = select_balanced(ranks[key], size, share, rest[n])
-            else:
-                kept[n] = select([ranks[key]], [size], share, [1.0], [rest[n]])[0]
+        one = select_balanced if balanced else lambda rank, w, share, r: select([rank], [w], share, [1.0], [r])[0]
+        layers = list(zip(blocks, sizes, rest, kept, strict=True))
+        kept = [one(ranks[key], w, (w.sum() - r[k].sum()) / w.sum(), r) for key, w, r, k in layers]
     return dict(zip(blocks, kept, strict=True))
 
 
 def select(
-    scores: list[np.ndarray],
-    weights: list[np.ndarray],
-    sparsity: float,
-    max_sparsity: list[float],
-    rest: list[np.ndarray] | None = None,
-) -> list[np.ndarray]:
+    scores: Arrays, weights: Arrays, sparsity: float, max_sparsity: list[float], rest: Arrays | None = None
+) -> Arrays:
     """Drop the blocks of lowest score, over all layers together, until the requested share of weights is gone.
 
     Parameters
@@ -217,8 +203,8 @@ def select(
     rest = weights if rest is None else rest
     size, total = np.concatenate([w.ravel() for w in rest]), sum(w.sum() for w in weights)
     layer = np.repeat(np.arange(len(scores)), [s.size for s in scores])
-    room = np.array([limit * w.sum() for limit, w in zip(max_sparsity, weights, strict=True)]) * (1 + 1e-12)
-    room -= [w.sum() - r.sum() for w, r in zip(weights, rest, strict=True)]
+    limits = zip(max_sparsity, weights, rest, strict=True)
+    room = np.array([limit * w.sum() * (1 + 1e-12) - (w.sum() - r.sum()) for limit, w, r in limits])
     target = sparsity * total * (1 - 1e-12)
     kept, pruned = size > 0, total - size.sum()
     if target < pruned * (1 - 1e-9):
@@ -263,7 +249,6 @@ def select_balanced(
     order = shuffled[::-1]
     order = order[np.argsort(scores.ravel()[order], kind="stable")][::-1]  # unsigned scores have no negative
     rest = weights if rest is None else rest
-    order = order[rest.ravel()[order] > 0]
     room = (1 - sparsity) * weights.sum() * (1 + 1e-12)
     parts = np.ceil(room / weights.sum() * weights.size / np.array(scores.shape) - 1e-9).astype(int)
     kept, children, parents = np.zeros(scores.shape, bool), *(np.zeros(n, int) for n in scores.shape)
@@ -271,7 +256,7 @@ def select_balanced(
         later = []
         for block in order:
             j, i = divmod(block, scores.shape[1])
-            if rest[j, i] > room:
+            if not 0 < rest[j, i] <= room:
                 continue
             if children[j] >= parts[0] or parents[i] >= parts[1]:
                 later.append(block)
@@ -288,13 +273,7 @@ class Mask(dict):
     """By key of the state_dict a boolean tensor of the weight's shape and device: True where a weight is kept."""
 
     @classmethod
-    def of_blocks(
-        cls,
-        kept: dict[str, np.ndarray],
-        blocks: dict[str, Blocks],
-        network: nn.Module,
-        within: dict[str, Tensor] | None = None,
-    ) -> "Mask":
+    def of_blocks(cls, kept: dict, blocks: dict[str, Blocks], network: nn.Module, within: dict | None = None) -> "Mask":
         """The mask of a network of which these blocks (H, G) are kept, and no weight that `within`, if given, drops."""
         mask = cls({key: earlier.to(network.get_parameter(key).device) for key, earlier in (within or {}).items()})
         for key, choice in kept.items():

@@ -13,24 +13,24 @@ from common.masks import Mask, plain_layer
 RIDGE = 1e-3  # of the inputs' mean square
 BATCH = 32  # images of maps
 POSITIONS = 64  # of every image's map, drawn anew in every batch
-SWEEPS = 2
+SWEEPS = 3
 
 
 @torch.no_grad()
 def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileSplit, sweeps: int = SWEEPS) -> None:
     """Least squares: the kept weights of every layer that best give the dense layer's outputs from what is left.
 
-    Layers are first fitted to the inputs that they have in the dense network, all in one pass over the images; then, in
-    one more per sweep, to those in the pruned network, so that they make up for what other layers lack as well. Before
-    every sweep and in the end batch norm takes its statistics from the same images.
+    All layers are fitted at once: first to their inputs in the dense network, then, once a sweep, to those in the
+    pruned one, which makes up for what other layers lack. n layers in a row are settled after n - 1 sweeps. After each,
+    batch norm takes its statistics from the same images.
 
     Parameters
     ----------
-    network : with the mask applied; changed in place
+    network : the dense one with the mask applied; changed in place
     dense : the network before pruning
     mask : of the layers to refit, in any order
     split : the images
-    sweeps : in networks with one masked layer none is needed, n layers in a row need no more than n
+    sweeps : passes of the pruned network
 
     Notes
     -----
@@ -39,7 +39,7 @@ def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileS
     """
     keys = run_order(dense, list(mask), split)
     norms = any(isinstance(module, _BatchNorm) for module in network.modules())
-    for source in (dense, *[network] * sweeps):
+    for source in (dense, *[network] * min(sweeps, len(keys) - 1)):
         for key, moments in _moments(source.eval(), dense, keys, split).items():
             _solve(network.get_submodule(key.removesuffix(".weight")), mask[key], *moments)
         if norms:
@@ -64,20 +64,18 @@ def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit) -> None
     parallel.broadcast_buffers(network)
 
 
-def _moments(
-    source: nn.Module, dense: nn.Module, keys: list[str], split: Split | FileSplit
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _moments(source: nn.Module, dense: nn.Module, keys: list[str], split: Split | FileSplit) -> dict[str, tuple]:
     """X'X (d, d) and X'Y (d, c) by key: X what the layer reads in `source`, and 1; Y what it returns in `dense`."""
     layers = {key: plain_layer(dense, key) for key in keys}
     random, wanted, sums = torch.Generator().manual_seed(0), {}, {key: (0, 0) for key in keys}
 
     def remember(key: str, _, returned: Tensor) -> None:
-        positions = _draw(returned, random)
-        wanted[key] = positions, _rows(returned, positions)
+        where = _draw(returned, random)
+        wanted[key] = where, _rows(returned, where)
 
     def add(key: str, read: Tensor, _) -> None:
-        positions, returned = wanted.pop(key)
-        read = _rows(_windows(layers[key], read), positions)
+        where, returned = wanted.pop(key)
+        read = _rows(_windows(layers[key], read), where)
         read = torch.cat([read, read.new_ones(len(read), 1)], 1)
         gram, cross = sums[key]
         sums[key] = gram + (read.T @ read).double(), cross + (read.T @ returned).double()
@@ -90,21 +88,18 @@ def _moments(
     return {key: tuple(map(parallel.all_reduce, moments)) for key, moments in sums.items()}
 
 
-def _draw(maps: Tensor, random: torch.Generator) -> tuple[Tensor, ...]:
-    """Index of some positions (b, p) of every image's map (b, c, ...), one tensor per axis; of vectors, none."""
+def _draw(maps: Tensor, random: torch.Generator) -> tuple:
+    """Index of some positions of every image's map (b, c, ...); of vectors, of all."""
     if maps.ndim == 2:
-        return ()
-    shape = maps.shape[2:]
+        return (...,)
+    images, shape = torch.arange(len(maps), device=maps.device)[:, None], maps.shape[2:]
     places = torch.rand(len(maps), shape.numel(), generator=random).argsort(1)[:, :POSITIONS]
-    return torch.unravel_index(places.to(maps.device), shape)
+    return images, slice(None), *torch.unravel_index(places.to(maps.device), shape)
 
 
-def _rows(maps: Tensor, positions: tuple[Tensor, ...]) -> Tensor:
-    """All values (b * p, c * ...) of maps (b, c, *axes, ...) at positions; vectors as they are."""
-    if not positions:
-        return maps
-    images = torch.arange(len(maps), device=maps.device)[:, None]
-    return maps[images, :, *positions].flatten(0, 1).flatten(1)
+def _rows(maps: Tensor, where: tuple) -> Tensor:
+    """The vectors, or all values at these positions of maps, a row for each."""
+    return maps[where] if maps.ndim == 2 else maps[where].flatten(0, 1).flatten(1)
 
 
 def _windows(layer: nn.Module, read: Tensor) -> Tensor:

