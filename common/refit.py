@@ -13,11 +13,10 @@ from common.masks import Mask, plain_layer
 RIDGE = 1e-3  # of the inputs' mean square
 BATCH = 32  # images of maps
 POSITIONS = 64  # of every image's map, drawn anew in every batch
-SWEEPS = 3
 
 
 @torch.no_grad()
-def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileSplit, sweeps: int = SWEEPS) -> None:
+def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileSplit, sweeps: int = 3) -> None:
     """Least squares: the kept weights of every layer that best give the dense layer's outputs from what is left.
 
     All layers are fitted at once: first to their inputs in the dense network, then, once a sweep, to those in the
