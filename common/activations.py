@@ -1,35 +1,84 @@
 """Paired activations of chosen layers: what a layer reads and what it returns, for the same images."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common import parallel
 from common.data import FileSplit, Split
+from common.errors import InputError
+from common.masks import KINDS, plain_layer
 
 SENSITIVITY_BATCH = 100  # images; gradients need the maps of all layers at once
 
 
 def pool(features: Tensor) -> Tensor:
-    """One value per channel: the mean over everything behind the channel axis; (b, c, ...) becomes (b, c)."""
-    return features.flatten(2).mean(2) if features.ndim > 2 else features
+    """One value per channel, in memory of its own: the mean over all axes behind it; (b, c, ...) becomes (b, c)."""
+    return features.flatten(2).mean(2) if features.ndim > 2 else features.clone()
 
 
 @contextlib.contextmanager
-def forward_hooks(network: nn.Module, keys: list[str], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Within it, `see` is called with (key, input, output) whenever one of these layers runs."""
+def forward_hooks(network: nn.Module, keys: list[str], see: Callable[[str, Tensor | None, Tensor], None]):
+    """Within it, `see` is called with (key, input, output) at the moment when one of these layers has run.
 
-    def hook(key: str):
-        return lambda _module, inputs, output: see(key, inputs[0], output)
+    What runs afterwards may change the input in place; the output stays, since the network goes on with a copy. The
+    input is None where the layer was called with anything else than one tensor.
+    """
 
-    handles = [network.get_submodule(key.removesuffix(".weight")).register_forward_hook(hook(key)) for key in keys]
+    def on_run(key: str, _module, inputs: tuple, output: Tensor) -> Tensor:
+        see(key, inputs[0] if len(inputs) == 1 else None, output)
+        return output.clone() if isinstance(output, Tensor) else output
+
+    layers = {key: network.get_submodule(key.removesuffix(".weight")) for key in keys}
+    handles = [layer.register_forward_hook(partial(on_run, key)) for key, layer in layers.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def run_order(network: nn.Module, keys: list[str], split: Split | FileSplit) -> list[str]:
+    """The keys in the order in which their layers run on the split's first images.
+
+    An InputError says which layer does not run once, on one vector (images, features) or map (images, channels, ...)
+    per image, or is not of a kind that can be pruned.
+    """
+    for key in keys:
+        plain_layer(network, key)
+    ran, _, count = _try(network, keys, split)
+    for key in keys:
+        reads, axes = [shape for name, shape in ran if name == key], network.get_parameter(key).ndim
+        if len(reads) != 1:
+            raise InputError(f"{key} runs {len(reads)} times in a forward pass; layers that run once can be pruned")
+        if reads[0] is None or len(reads[0]) != axes or reads[0][0] != count:
+            read = f"a tensor {tuple(reads[0])}" if reads[0] else "other arguments than one tensor"
+            expected = {2: "features", 3: "channels, length", 4: "channels, height, width"}[axes]
+            raise InputError(f"{key} reads {read} of {count} images; legal: (images, {expected})")
+    return [key for key, _ in ran]
+
+
+def output_layer(network: nn.Module, split: Split | FileSplit) -> str | None:
+    """The layer that gives the outputs: the last to run of those that have as many outputs as the network, if any."""
+    layers = {f"{name}.weight": layer for name, layer in network.named_modules() if isinstance(layer, KINDS)}
+    ran, outputs, _ = _try(network, list(layers), split)
+    return next((key for key, _ in reversed(ran) if len(layers[key].weight) == outputs.shape[1]), None)
+
+
+@torch.no_grad()
+def _try(network: nn.Module, keys: list[str], split: Split | FileSplit) -> tuple[list, Tensor, int]:
+    """Run the network on two images: (key, input's shape) of every layer that ran, the outputs, number of images."""
+    ran, (images, _) = [], next(iter(split.batches(2 * parallel.size())))
+    network.eval()
+    with forward_hooks(network, keys, lambda key, read, _: ran.append((key, getattr(read, "shape", None)))):
+        outputs = network(images)
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2:
+        raise InputError(f"the network returns {type(outputs).__name__}; legal: a tensor (images, outputs)")
+    return ran, outputs, len(images)
 
 
 @torch.inference_mode()
@@ -50,7 +99,7 @@ def collect_activations(
     so shortcuts, batch norm, activations and pooling before it are in it; the output is the layer's own, before any
     activation.
     """
-    network.eval()
+    run_order(network, keys, split)
     seen = {key: ([], []) for key in keys}
 
     def keep(key: str, *features: Tensor) -> None:
@@ -80,7 +129,7 @@ def output_sensitivity(
     split : the images
     seed : of the random combinations
     """
-    network.eval()
+    run_order(network, keys, split)
     outputs: dict[str, Tensor] = {}
     random = torch.Generator().manual_seed(seed)
     count, slopes = 0, dict.fromkeys(keys, 0)

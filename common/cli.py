@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import artifacts, parallel, records, runs, scoring
+from common.activations import output_layer, run_order
 from common.cmi import ESTIMATORS, kde
 from common.cmi.inputs import out_of_memory
 from common.data import Data, load
@@ -429,10 +430,14 @@ def pending_pairs(
     known |= records.environment(images.device)
     _note_other_code(args, weights_path(args))
     families, todo = artifacts.score_paths(args.weights_dir, args.name_postfix), []
+    last = output_layer(network, images.train)
+    run_order(
+        network, [model.PAIRS[key_id][1] for key_id in args.key_ids], images.train
+    )  # refuses what cannot be scored
     with contextlib.ExitStack() as locks:
         for key_id, *groups in zip(args.key_ids, args.parent_clusters, args.children_clusters, strict=True):
             parent, child = model.PAIRS[key_id]
-            blocks = contiguous_blocks(network, child, *groups)
+            blocks = contiguous_blocks(network, child, *groups, last)
             paths = tuple(artifacts.score_path(family, parent, child) for family in families)
             of_pair = {"key_id": key_id, "parent_clusters": groups[:1], "children_clusters": groups[1:]}
             arguments = recorded(argparse.Namespace(**{**vars(args), **of_pair}))
@@ -469,21 +474,26 @@ class Plan(NamedTuple):
     like: dict[str, np.ndarray] | None  # scores whose share of every layer a control takes over
     sparsity: float  # of the masked layers together
     max_sparsity: list[float]  # of each
+    within: Mask  # of the checkpoint, if it is of a pruned network: what is gone stays gone
     known: dict  # entries of the record
 
 
-def pruning_plan(args: argparse.Namespace, network: nn.Module, model: ModuleType) -> Plan:
+def pruning_plan(
+    args: argparse.Namespace, network: nn.Module, model: ModuleType, images: Data, checkpoint: dict
+) -> Plan:
     """Blocks, scores and share that the flags ask for; without scores, blocks by the flags."""
+    last, within = output_layer(network, images.train), Mask.of_checkpoint(checkpoint, network)
+    run_order(network, args.children_key, images.train)  # refuses what cannot be pruned
     _note_other_code(args, args.Retrain)
     families, blocks, scores, paths, made = score_families(args), {}, {}, [], {}
-    checkpoint = records.checksums(args.Retrain)
+    made_of = records.checksums(args.Retrain)
     asked = zip(args.parent_key, args.children_key, args.parent_clusters, args.children_clusters, strict=True)
     for parent, child, *groups in asked:
-        blocks[child] = contiguous_blocks(network, child, *groups)
+        blocks[child] = contiguous_blocks(network, child, *groups, last)
         if families:
             remedy = f"run pruning_1b.py --key_id {model.PAIRS.index((parent, child))} with the same groups first"
             paths += [artifacts.score_path(family, parent, child) for family in families]
-            scores[child], blocks[child], made = scoring.load(paths[-3:], blocks[child], remedy, checkpoint)
+            scores[child], blocks[child], made = scoring.load(paths[-3:], blocks[child], remedy, made_of)
     sparsity = share_of_masked(args, pruned_share(args), network, blocks)
     known = {"inputs": records.checksums(args.Retrain, *paths), "requested_percent": 100 * sparsity}
     if made:
@@ -491,7 +501,7 @@ def pruning_plan(args: argparse.Namespace, network: nn.Module, model: ModuleType
         known["scores"] = {flag: made["arguments"][flag] for flag in how if made["arguments"].get(flag)}
     scores = scores if families else None
     like = None if args.Criterion.startswith("cmi") else scores
-    return Plan(blocks, scores, like, sparsity, args.upper_prune_limit, known)
+    return Plan(blocks, scores, like, sparsity, args.upper_prune_limit, within, known)
 
 
 def score_families(args: argparse.Namespace) -> list[Path]:

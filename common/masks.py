@@ -14,6 +14,27 @@ from common.cmi.inputs import check_samples, standardise
 from common.errors import InputError
 
 CRITERIA = ("cmi", "cmi-magnitude", "random", "magnitude")
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+Arrays = list[np.ndarray]
+
+
+def plain_layer(network: nn.Module, key: str) -> nn.Module:
+    """The layer whose weight has this name in the state_dict; an InputError if blocks of it are not defined."""
+    layer = dict(network.named_modules(remove_duplicate=False)).get(key.removesuffix(".weight"))
+    if not key.endswith(".weight") or layer is None:
+        raise InputError(f"{key}: the network has no such layer")
+    if type(layer) not in KINDS:  # weight norm and other parametrizations make it a class of their own
+        raise InputError(f"{key} is of a {type(layer).__name__}; legal: Linear, Conv1d, Conv2d")
+    if "weight" not in layer._parameters:
+        raise InputError(f"{key} is computed from other parameters (weight norm, pruning); legal: a plain parameter")
+    if getattr(layer, "groups", 1) != 1:
+        raise InputError(f"{key} is of a convolution in {layer.groups} groups; legal: 1")
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if nn.parameter.is_lazy(parameter):
+            raise InputError(f"{name} has no size yet; run the network once on images first")
+        if name != key and parameter.data_ptr() == layer.weight.data_ptr():
+            raise InputError(f"{key} is {name} too; legal: a weight that one layer has for itself")
+    return layer
 
 
 def contiguous_groups(units: int, groups: int) -> np.ndarray:
@@ -40,19 +61,26 @@ class Blocks:
         """Spread one value per block (H, G) over the connections (c, p)."""
         return values[np.ix_(self.child_groups, self.parent_groups)]
 
+    def sum(self, values: Tensor) -> np.ndarray:
+        """Sum (H, G) over every block of values (c, p, ...)."""
+        sums = np.zeros((self.child_groups.max() + 1, self.parent_groups.max() + 1))
+        by_connection = values.double().reshape(*values.shape[:2], -1).sum(2).cpu().numpy()
+        np.add.at(sums, np.ix_(self.child_groups, self.parent_groups), by_connection)
+        return sums
+
     def mean_magnitude(self, weight: Tensor) -> np.ndarray:
         """Mean absolute weight (H, G) of every block of a weight (c, p, ...)."""
-        magnitude = weight.detach().double().abs().reshape(*weight.shape[:2], -1).sum(2)
-        sums = np.zeros((self.child_groups.max() + 1, self.parent_groups.max() + 1))
-        np.add.at(sums, np.ix_(self.child_groups, self.parent_groups), magnitude.cpu().numpy())
-        return sums / self.weights
+        return self.sum(weight.detach().double().abs()) / self.weights
 
 
-def contiguous_blocks(network: nn.Module, key: str, parents: int, children: int) -> Blocks:
-    """Blocks of a layer's weight with so many groups of inputs and of outputs; the last layer's outputs stay single."""
-    weight = network.get_parameter(key)
+def contiguous_blocks(network: nn.Module, key: str, parents: int, children: int, last: str | None = None) -> Blocks:
+    """Blocks of a layer's weight with so many groups of inputs and of outputs; the last layer's outputs stay single.
+
+    `last` is that layer as `output_layer` finds it; by default the one that is registered last.
+    """
+    weight = plain_layer(network, key).weight
     outputs, inputs = weight.shape[:2]
-    last = [name for name, parameter in network.named_parameters() if parameter.ndim > 1][-1]
+    last = last or [name for name, parameter in network.named_parameters() if parameter.ndim > 1][-1]
     children = outputs if key == last else children
     for name, groups, units in (("parent_clusters", parents, inputs), ("children_clusters", children, outputs)):
         if groups > units:
@@ -100,11 +128,15 @@ def rank(
     def magnitude(key: str) -> np.ndarray:
         return blocks[key].mean_magnitude(network.get_parameter(key))
 
+    def product(key: str) -> np.ndarray:
+        root, size = np.sqrt(np.maximum(scores[key], 0).astype(np.float64)), magnitude(key)
+        return np.multiply(root, size, where=size != 0, out=np.zeros_like(size))  # none of an infinite score is none
+
     of_layer = {
         "cmi": lambda key: scores[key],
         "magnitude": magnitude,
         "random": lambda key: rng.random(blocks[key].weights.shape),
-        "cmi-magnitude": lambda key: np.sqrt(np.maximum(scores[key], 0)) * magnitude(key),
+        "cmi-magnitude": product,
     }[criterion]
     return {key: of_layer(key) for key in blocks}
 
@@ -117,6 +149,7 @@ def select_blocks(
     *,
     like: dict[str, np.ndarray] | None = None,
     balanced: bool = False,
+    within: dict[str, Tensor] | None = None,
 ) -> dict[str, np.ndarray]:
     """Keep the blocks of highest rank, over all layers together, at the requested sparsity.
 
@@ -126,23 +159,25 @@ def select_blocks(
     sparsity, max_sparsity : as for `select`
     like : other ranks, which decide how much of each layer is kept: a control that differs from them within layers only
     balanced : spread what each layer keeps evenly over its child and over its parent groups, see `select_balanced`
+    within : the mask of a network that is pruned already: what is gone stays gone, and counts as pruned
 
     Returns
     -------
     One boolean (H, G) array per layer, True where a block is kept.
     """
-    sizes = [block.weights for block in blocks.values()]
-    kept = select([(like or ranks)[key] for key in blocks], sizes, sparsity, max_sparsity)
+    sizes, within = [block.weights for block in blocks.values()], within or {}
+    rest = [b.sum(within[key]).astype(int) if key in within else b.weights for key, b in blocks.items()]
+    kept = select([(like or ranks)[key] for key in blocks], sizes, sparsity, max_sparsity, rest)
     if balanced or like is not None:
-        shares = [size[~k].sum() / size.sum() for size, k in zip(sizes, kept, strict=True)]
-        within = select_balanced if balanced else lambda rank, size, share: select([rank], [size], share, [1.0])[0]
-        kept = [within(ranks[key], w, s) for key, w, s in zip(blocks, sizes, shares, strict=True)]
+        one = select_balanced if balanced else lambda rank, w, share, r: select([rank], [w], share, [1.0], [r])[0]
+        layers = list(zip(blocks, sizes, rest, kept, strict=True))
+        kept = [one(ranks[key], w, (w.sum() - r[k].sum()) / w.sum(), r) for key, w, r, k in layers]
     return dict(zip(blocks, kept, strict=True))
 
 
 def select(
-    scores: list[np.ndarray], weights: list[np.ndarray], sparsity: float, max_sparsity: list[float]
-) -> list[np.ndarray]:
+    scores: Arrays, weights: Arrays, sparsity: float, max_sparsity: list[float], rest: Arrays | None = None
+) -> Arrays:
     """Drop the blocks of lowest score, over all layers together, until the requested share of weights is gone.
 
     Parameters
@@ -151,6 +186,7 @@ def select(
     weights : how many weights each block holds, same shapes
     sparsity : share of all these weights to prune, in [0, 1]
     max_sparsity : largest share of each layer that may be pruned
+    rest : how many weights of each block are not pruned yet, same shapes; default: all
 
     Returns
     -------
@@ -160,17 +196,21 @@ def select(
     Raises
     ------
     InputError
-        If the maxima do not allow the sparsity, or a score is not a number.
+        If the maxima do not allow the sparsity, more is gone already, or a score is not a number.
     """
     flat = np.concatenate([s.ravel() for s in scores])
     if np.isnan(flat).any():
         raise InputError("scores hold NaN")
-    size = np.concatenate([w.ravel() for w in weights])
+    rest = weights if rest is None else rest
+    size, total = np.concatenate([w.ravel() for w in rest]), sum(w.sum() for w in weights)
     layer = np.repeat(np.arange(len(scores)), [s.size for s in scores])
-    room = np.array([limit * w.sum() for limit, w in zip(max_sparsity, weights, strict=True)]) * (1 + 1e-12)
-    target = sparsity * size.sum() * (1 - 1e-12)
+    limits = zip(max_sparsity, weights, rest, strict=True)
+    room = np.array([limit * w.sum() * (1 + 1e-12) - (w.sum() - r.sum()) for limit, w, r in limits])
+    target = sparsity * total * (1 - 1e-12)
+    kept, pruned = size > 0, total - size.sum()
+    if target < pruned * (1 - 1e-9):
+        raise InputError(f"{100 * sparsity:g} % pruned: {100 * pruned / total:.2f} % are pruned already; legal: more")
     shuffled = np.random.default_rng(0).permutation(len(flat))
-    kept, pruned = np.ones(len(flat), bool), 0
     for block in shuffled[np.argsort(flat[shuffled], kind="stable")]:
         if pruned >= target:
             break
@@ -179,13 +219,15 @@ def select(
             room[layer[block]] -= size[block]
             pruned += size[block]
     if pruned < target:
-        most = 100 * pruned / size.sum()
+        most = 100 * pruned / total
         raise InputError(f"{100 * sparsity:g} % cannot be pruned: `upper_prune_limit` allows at most {most:.2f} %")
     ends = np.cumsum([s.size for s in scores])[:-1]
     return [part.reshape(s.shape) for part, s in zip(np.split(kept, ends), scores, strict=True)]
 
 
-def select_balanced(scores: np.ndarray, weights: np.ndarray, sparsity: float) -> np.ndarray:
+def select_balanced(
+    scores: np.ndarray, weights: np.ndarray, sparsity: float, rest: np.ndarray | None = None
+) -> np.ndarray:
     """As `select` for one layer, but the blocks that are kept are spread evenly over child and over parent groups.
 
     Blocks are taken from the highest score down, as long as their child group and their parent group have not had
@@ -195,7 +237,8 @@ def select_balanced(scores: np.ndarray, weights: np.ndarray, sparsity: float) ->
     ----------
     scores : (H, G)
     weights : how many weights each block holds, same shape
-    sparsity : share of the layer's weights to prune, in [0, 1]
+    sparsity : share of the layer's weights to prune, in [0, 1], at least what is gone already
+    rest : how many weights of each block are not pruned yet, same shape; default: all
 
     Returns
     -------
@@ -204,24 +247,26 @@ def select_balanced(scores: np.ndarray, weights: np.ndarray, sparsity: float) ->
     if np.isnan(scores).any():
         raise InputError("scores hold NaN")
     shuffled = np.random.default_rng(0).permutation(scores.size)
-    order = shuffled[np.argsort(-scores.ravel()[shuffled], kind="stable")]
+    order = shuffled[::-1]
+    order = order[np.argsort(scores.ravel()[order], kind="stable")][::-1]  # unsigned scores have no negative
+    rest = weights if rest is None else rest
     room = (1 - sparsity) * weights.sum() * (1 + 1e-12)
     parts = np.ceil(room / weights.sum() * weights.size / np.array(scores.shape) - 1e-9).astype(int)
     kept, children, parents = np.zeros(scores.shape, bool), *(np.zeros(n, int) for n in scores.shape)
     while order.size:
-        left = []
+        later = []
         for block in order:
             j, i = divmod(block, scores.shape[1])
-            if weights[j, i] > room:
+            if not 0 < rest[j, i] <= room:
                 continue
             if children[j] >= parts[0] or parents[i] >= parts[1]:
-                left.append(block)
+                later.append(block)
                 continue
             kept[j, i] = True
             children[j] += 1
             parents[i] += 1
-            room -= weights[j, i]
-        order, parts = np.array(left), parts + 1
+            room -= rest[j, i]
+        order, parts = np.array(later), parts + 1
     return kept
 
 
@@ -229,14 +274,29 @@ class Mask(dict):
     """By key of the state_dict a boolean tensor of the weight's shape and device: True where a weight is kept."""
 
     @classmethod
-    def of_blocks(cls, kept: dict[str, np.ndarray], blocks: dict[str, Blocks], network: nn.Module) -> "Mask":
-        """The mask of a network of which these blocks (H, G) are kept."""
-        mask = cls()
+    def of_blocks(cls, kept: dict, blocks: dict[str, Blocks], network: nn.Module, within: dict | None = None) -> "Mask":
+        """The mask of a network of which these blocks (H, G) are kept, and no weight that `within`, if given, drops."""
+        mask = cls({key: earlier.to(network.get_parameter(key).device) for key, earlier in (within or {}).items()})
         for key, choice in kept.items():
             weight = network.get_parameter(key)
             whole = torch.from_numpy(blocks[key].expand(choice)).to(weight.device)
-            mask[key] = whole.reshape(whole.shape + (1,) * (weight.ndim - 2)).expand_as(weight).contiguous()
+            whole = whole.reshape(whole.shape + (1,) * (weight.ndim - 2)).expand_as(weight)
+            mask[key] = whole & mask[key] if key in mask else whole.contiguous()
         return mask
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: dict, network: nn.Module) -> "Mask":
+        """The mask that a checkpoint of a pruned network holds; an empty one of a dense network."""
+        mask, state = checkpoint.get("masks", {}), network.state_dict()
+        for key, kept in mask.items() if isinstance(mask, dict) else [("masks", mask)]:
+            if not (
+                isinstance(kept, Tensor)
+                and kept.dtype == torch.bool
+                and key in state
+                and kept.shape == state[key].shape
+            ):
+                raise InputError(f"the checkpoint's mask of {key} is of another network; name another checkpoint")
+        return cls(mask)
 
     @torch.no_grad()
     def apply(self, network: nn.Module) -> None:

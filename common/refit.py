@@ -6,40 +6,43 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import parallel
-from common.activations import forward_hooks
+from common.activations import forward_hooks, run_order
 from common.data import FileSplit, Split
-from common.masks import Mask
+from common.masks import Mask, plain_layer
 
 RIDGE = 1e-3  # of the inputs' mean square
-BATCH = 32  # images of maps; their patches take k * k times the memory of the maps
+BATCH = 32  # images of maps
+POSITIONS = 64  # of every image's map, drawn anew in every batch
 
 
 @torch.no_grad()
-def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileSplit) -> None:
-    """Least squares, layer by layer: the kept weights that best give the dense layer's outputs from what is left.
+def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileSplit, sweeps: int = 3) -> None:
+    """Least squares: the kept weights of every layer that best give the dense layer's outputs from what is left.
 
-    A layer is fitted to the inputs that it has in the pruned network, so it makes up for the layers before it as well
-    as for its own mask. In the end batch norm takes its statistics from the same images.
+    All layers are fitted at once: first to their inputs in the dense network, then, once a sweep, to those in the
+    pruned one, which makes up for what other layers lack. n layers in a row are settled after n - 1 sweeps. After each,
+    batch norm takes its statistics from the same images.
 
     Parameters
     ----------
-    network : with the mask applied; changed in place
+    network : the dense one with the mask applied; changed in place
     dense : the network before pruning
-    mask : its layers are refitted in its order, which is the one in which they run
+    mask : of the layers to refit, in any order
     split : the images
+    sweeps : passes of the pruned network
 
     Notes
     -----
     Reconstruction of a layer's output by least squares after pruning: He, Zhang and Sun, ICCV 2017 (channels); Frantar
     and Alistarh, NeurIPS 2022.
     """
-    network.eval()
-    dense.eval()
-    for key, kept in mask.items():
-        layer = network.get_submodule(key.removesuffix(".weight"))
-        _solve(layer, kept, *_moments(network, dense, key, layer, split))
-    if any(isinstance(module, _BatchNorm) for module in network.modules()):
-        recalibrate_batch_norm(network, split)
+    keys = run_order(dense, list(mask), split)
+    norms = any(isinstance(module, _BatchNorm) for module in network.modules())
+    for source in (dense, *[network] * min(sweeps, len(keys) - 1)):
+        for key, moments in _moments(source.eval(), dense, keys, split).items():
+            _solve(network.get_submodule(key.removesuffix(".weight")), mask[key], *moments)
+        if norms:
+            recalibrate_batch_norm(network, split)
 
 
 @torch.no_grad()
@@ -60,30 +63,53 @@ def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit) -> None
     parallel.broadcast_buffers(network)
 
 
-def _moments(
-    network: nn.Module, dense: nn.Module, key: str, layer: nn.Module, split: Split | FileSplit
-) -> tuple[Tensor, Tensor]:
-    """X'X (d, d) and X'Y (d, c): X what the pruned layer reads, in patches, and 1; Y what the dense one returns."""
-    seen, gram, cross = {}, 0, 0
-    with (
-        forward_hooks(network, [key], lambda _k, read, _: seen.update(read=read)),
-        forward_hooks(dense, [key], lambda _k, _, returned: seen.update(returned=returned)),
-    ):
-        for images, _ in split.batches(BATCH if isinstance(layer, nn.Conv2d) else None):
-            network(images)
-            dense(images)
-            read, returned = _rows(layer, seen["read"]), seen["returned"]
-            returned = returned.flatten(2).transpose(1, 2).flatten(0, 1) if returned.ndim > 2 else returned
-            gram, cross = gram + (read.T @ read).double(), cross + (read.T @ returned).double()
-    return parallel.all_reduce(gram), parallel.all_reduce(cross)
+def _moments(source: nn.Module, dense: nn.Module, keys: list[str], split: Split | FileSplit) -> dict[str, tuple]:
+    """X'X (d, d) and X'Y (d, c) by key: X what the layer reads in `source`, and 1; Y what it returns in `dense`."""
+    layers = {key: plain_layer(dense, key) for key in keys}
+    random, wanted, sums = torch.Generator().manual_seed(0), {}, {key: (0, 0) for key in keys}
+
+    def remember(key: str, _, returned: Tensor) -> None:
+        where = _draw(returned, random)
+        wanted[key] = where, _rows(returned, where)
+
+    def add(key: str, read: Tensor, _) -> None:
+        where, returned = wanted.pop(key)
+        read = _rows(_windows(layers[key], read), where)
+        read = torch.cat([read, read.new_ones(len(read), 1)], 1)
+        gram, cross = sums[key]
+        sums[key] = gram + (read.T @ read).double(), cross + (read.T @ returned).double()
+
+    with forward_hooks(dense, keys, remember), forward_hooks(source, keys, add):
+        for images, _ in split.batches(BATCH if any(layer.weight.ndim > 2 for layer in layers.values()) else None):
+            dense(images.clone())
+            if source is not dense:
+                source(images)
+    return {key: tuple(map(parallel.all_reduce, moments)) for key, moments in sums.items()}
 
 
-def _rows(layer: nn.Module, read: Tensor) -> Tensor:
-    """The layer's inputs as rows, one per position, so that its output is rows times weights; a last column of ones."""
-    if isinstance(layer, nn.Conv2d):
-        read = F.unfold(read, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        read = read.transpose(1, 2).flatten(0, 1)
-    return torch.cat([read, read.new_ones(len(read), 1)], 1)
+def _draw(maps: Tensor, random: torch.Generator) -> tuple:
+    """Index of some positions of every image's map (b, c, ...); of vectors, of all."""
+    if maps.ndim == 2:
+        return (...,)
+    images, shape = torch.arange(len(maps), device=maps.device)[:, None], maps.shape[2:]
+    places = torch.rand(len(maps), shape.numel(), generator=random).argsort(1)[:, :POSITIONS]
+    return images, slice(None), *torch.unravel_index(places.to(maps.device), shape)
+
+
+def _rows(maps: Tensor, where: tuple) -> Tensor:
+    """The vectors, or all values at these positions of maps, a row for each."""
+    return maps[where] if maps.ndim == 2 else maps[where].flatten(0, 1).flatten(1)
+
+
+def _windows(layer: nn.Module, read: Tensor) -> Tensor:
+    """What every output of a layer reads: a view (b, c, *positions, *kernel) of a padded map; vectors as they are."""
+    if isinstance(layer, nn.Linear):
+        return read
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    windows = F.pad(read, layer._reversed_padding_repeated_twice, mode)
+    for axis, (size, step, apart) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), 2):
+        windows = windows.unfold(axis, (size - 1) * apart + 1, step)[..., ::apart]
+    return windows
 
 
 def _solve(layer: nn.Module, kept: Tensor, gram: Tensor, cross: Tensor) -> None:

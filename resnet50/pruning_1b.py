@@ -21,7 +21,6 @@ from common.scoring import uncertainty
 
 
 def score(args, network, images, pairs):
-    network = parallel.place(network, images.device)
     sample = images.train[sample_per_class(images.train.labels, args.samples_per_class, args.seed)]
     layers = [pair.child for pair in pairs]
     activations = collect_activations(network, layers, sample)  # what each layer reads and returns, in one pass
@@ -42,6 +41,7 @@ def main():
     network = model.build(args.dims)
     checkpoint = artifacts.load_weights(network, cli.weights_path(args))
     images = cli.load_data(args, checkpoint)
+    network = parallel.place(network, images.device)
     with cli.pending_pairs(args, network, model, images) as pairs:  # those that are not scored yet
         if pairs:
             score(args, network, images, pairs)

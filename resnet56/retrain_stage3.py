@@ -25,8 +25,9 @@ from common.training import evaluate, make_optimizer, make_schedule, set_dropout
 def prune(args, network, plan, seed):
     """Blocks are ranked, by layer one value each; the lowest go."""
     ranks = rank(args.Criterion, network, plan.blocks, plan.scores, seed)
-    kept = select_blocks(ranks, plan.blocks, plan.sparsity, plan.max_sparsity, like=plan.like, balanced=args.Even)
-    return Mask.of_blocks(kept, plan.blocks, network)
+    options = {"like": plan.like, "balanced": args.Even, "within": plan.within}
+    kept = select_blocks(ranks, plan.blocks, plan.sparsity, plan.max_sparsity, **options)
+    return Mask.of_blocks(kept, plan.blocks, network, within=plan.within)
 
 
 def retrain(args, images, run, dense, mask):
@@ -55,9 +56,9 @@ def main():
     args = cli.parse(__file__, __doc__, model, stage=3)
     dense = set_dropout(model.build(args.Dims), args.Dropout)
     checkpoint = artifacts.load_weights(dense, args.Retrain)
-    plan = cli.pruning_plan(args, dense, model)  # blocks, their scores, how much to prune
     images = cli.load_data(args, checkpoint)
     dense = parallel.place(dense, images.device)
+    plan = cli.pruning_plan(args, dense, model, images, checkpoint)  # blocks, their scores, how much to prune
     for rerun in range(args.Expt_rerun):
         mask = prune(args, dense, plan, args.Seed + rerun)
         with cli.start_run(args, rerun, f"logits_{mask.percent_pruned():.2f}.pkl", images, plan.known, mask) as run:

@@ -153,6 +153,40 @@ def test_nan_is_refused(choose):
         choose(np.array([[np.nan]]), np.ones((1, 1), int))
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint64, np.int8, np.int64, np.float16, np.float32])
+def test_scores_of_any_numeric_type_select_the_same(rng, kind):
+    scores, weights = rng.permutation(20).reshape(4, 5), np.ones((4, 5), int)
+    for choose in (
+        lambda scores: masks.select([scores], [weights], 0.75, [1])[0],
+        lambda scores: masks.select_balanced(scores, weights, 0.75),
+    ):
+        assert (choose(scores.astype(kind)) == choose(scores.astype(float))).all()
+    kept = masks.select_balanced(np.arange(20).reshape(4, 5).astype(kind), weights, 0.75)
+    assert kept.ravel()[19]  # the highest
+    assert not kept.ravel()[0]
+
+
+def test_infinite_scores_are_the_first_and_the_last(rng):
+    scores, weights = rng.normal(size=(4, 5)), np.ones((4, 5), int)
+    scores[[0, 1, 2], [0, 1, 2]], scores[3, :4] = np.inf, -np.inf
+    for kept in (masks.select([scores], [weights], 0.8, [1])[0], masks.select_balanced(scores, weights, 0.8)):
+        assert kept[[0, 1, 2], [0, 1, 2]].all()
+        assert not kept[3, :4].any()
+
+
+def test_cmi_magnitude_of_unsigned_and_infinite_scores(net):
+    blocks = {"final.weight": masks.contiguous_blocks(net, "final.weight", 5, 4)}
+    with torch.no_grad():
+        net.final.weight[0, :2] = 0
+    scores = {"final.weight": np.arange(200, 220, dtype=np.uint8).reshape(4, 5)}
+    found = masks.rank("cmi-magnitude", net, blocks, scores)["final.weight"]
+    magnitude = blocks["final.weight"].mean_magnitude(net.final.weight)
+    np.testing.assert_allclose(found, np.sqrt(np.arange(200.0, 220).reshape(4, 5)) * magnitude, rtol=1e-12)
+    infinite = masks.rank("cmi-magnitude", net, blocks, {"final.weight": np.full((4, 5), np.inf)})["final.weight"]
+    assert infinite[0, 0] == 0  # a block without weights carries nothing
+    assert np.isinf(infinite).sum() == 19
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -244,6 +278,67 @@ def test_random_choice_depends_on_the_seed_alone(net):
     first, again, other = (masked(net, 0.5, "random", seed=s)[1] for s in (0, 0, 1))
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not all(torch.equal(first[k], other[k]) for k in first)
+
+
+class TestFurtherPruning:
+    """A second mask lies within the first: what was pruned stays so, and counts."""
+
+    @pytest.fixture(params=[(10, 5), (3, 2)], ids=["same groups", "other groups"])
+    def second(self, net, request):
+        """The first mask, of a third of both layers, and blocks for the next, whose groups may cut across its."""
+        first = masks.Mask.of_blocks(*self.choose(net, self.blocks(net, 6, 10, 10), 0.3)[::-1], net)
+        return first, self.blocks(net, 6 if request.param[0] == 10 else 4, *request.param)
+
+    @staticmethod
+    def blocks(net, parents, children, final):
+        return {
+            "conv.weight": masks.contiguous_blocks(net, "conv.weight", parents, children),
+            "final.weight": masks.contiguous_blocks(net, "final.weight", final, 4),
+        }
+
+    @staticmethod
+    def choose(net, blocks, share, **options):
+        ranks = masks.rank("random", net, blocks, None, seed=len(options))
+        return blocks, masks.select_blocks(ranks, blocks, share, [1, 1], **options)
+
+    @pytest.mark.parametrize("options", [{}, {"balanced": True}, {"like": True}])
+    def test_once_pruned_stays_pruned_and_counts(self, net, second, options):
+        first, blocks = second
+        if options.get("like"):
+            options = {"like": masks.rank("magnitude", net, blocks, None)}
+        kept = self.choose(net, blocks, 0.6, within=first, **options)[1]
+        mask = masks.Mask.of_blocks(kept, blocks, net, within=first)
+        for key in first:
+            assert not (mask[key] & ~first[key]).any()
+            whole = torch.from_numpy(blocks[key].expand(kept[key]))
+            expected = first[key] & whole.reshape(whole.shape + (1,) * (first[key].ndim - 2))
+            assert torch.equal(mask[key], expected)
+        largest = max(block.weights.max() for block in blocks.values())
+        assert 0 <= mask.percent_pruned() / 100 * 580 - 0.6 * 580 < largest * len(blocks)
+
+    def test_the_share_that_is_gone_may_be_asked_again_but_not_less(self, net, second):
+        first, blocks = second
+        share = first.percent_pruned() / 100
+        kept = self.choose(net, blocks, share, within=first)[1]
+        again = masks.Mask.of_blocks(kept, blocks, net, within=first)
+        assert all(torch.equal(again[key], first[key]) for key in first)
+        with pytest.raises(InputError, match=r"20 % pruned: 3\d\.\d\d % are pruned already"):
+            self.choose(net, blocks, 0.2, within=first)
+
+    def test_a_layer_beyond_its_maximum_stays_as_it_is(self, net, second):
+        first, blocks = second
+        ranks = masks.rank("random", net, blocks, None)
+        kept = masks.select_blocks(ranks, blocks, 0.5, [1, 0.1], within=first)
+        mask = masks.Mask.of_blocks(kept, blocks, net, within=first)
+        assert torch.equal(mask["final.weight"], first["final.weight"])
+
+    def test_layers_that_are_not_named_again_stay_pruned(self, net, second):
+        first, blocks = second
+        blocks = {"conv.weight": blocks["conv.weight"]}
+        kept = masks.select_blocks(masks.rank("random", net, blocks, None), blocks, 0.9, [1], within=first)
+        mask = masks.Mask.of_blocks(kept, blocks, net, within=first)
+        assert torch.equal(mask["final.weight"], first["final.weight"])
+        assert mask.by_layer()["conv.weight"] >= 90
 
 
 def test_sparsity_is_the_mask_s(net):

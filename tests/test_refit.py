@@ -79,6 +79,25 @@ def test_a_linear_layer_is_ordinary_least_squares(network, split, monkeypatch):
         assert copied[7].bias[unit].item() == pytest.approx(model.intercept_, rel=1e-3, abs=1e-3)
 
 
+def test_layers_in_a_row_are_fitted_one_after_the_other(split, monkeypatch):
+    """Each to what it reads in the pruned network, where the layers before it are fitted already."""
+    monkeypatch.setattr(refit, "RIDGE", 0.0)
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(72, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
+    found, mask = pruned(dense, share=0.4, keys=("5.weight", "1.weight", "3.weight"))
+    expected, images = copy.deepcopy(found), split.images.float() / 255
+    refit.refit(found, dense, mask, split)
+    for k in (1, 3, 5):
+        with torch.no_grad():
+            read, wanted = expected[:k](images).double().numpy(), dense[: k + 1](images).double().numpy()
+            for unit, kept in enumerate(mask[f"{k}.weight"].numpy()):
+                model = LinearRegression().fit(read[:, kept], wanted[:, unit])
+                expected[k].weight[unit, kept] = torch.from_numpy(model.coef_).float()
+                expected[k].bias[unit] = float(model.intercept_)
+    with torch.no_grad():
+        torch.testing.assert_close(found(images), expected(images), rtol=1e-3, atol=1e-3)
+
+
 def test_a_convolution_is_least_squares_on_patches(network, split, monkeypatch):
     monkeypatch.setattr(refit, "RIDGE", 0.0)
     copied, mask = pruned(network, keys=("3.weight",))
