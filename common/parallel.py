@@ -20,6 +20,9 @@ def processes() -> Iterator[None]:
     if not by_torchrun():
         yield
         return
+    for name in TORCHRUN:
+        if name != "MASTER_ADDR" and not os.environ[name].isdecimal():
+            raise InputError(f"the processes cannot be joined ({name} is no number); start them with torchrun")
     gpus = torch.cuda.device_count()
     if gpus and local_gpu(0) >= gpus:
         raise InputError(

@@ -453,7 +453,9 @@ class TestIdentity:
         copies(base / "1", tmp_path / "0", ["logits_best.pkl"])
         copies(base / "0", tmp_path / "0", scores)
         score = [STAGE2, *SCORE, "--split_half", "--weights_dir", tmp_path / "0", "--key_id", "0"]
-        assert "logits_best.pkl; name another --name_postfix, or remove it" in call(*score, code=2)
+        assert "logits_best.pkl; name another --name_postfix, or remove I_parent_cmi_fc1.weight_fc2.weight.*" in call(
+            *score, code=2
+        )
 
 
 def test_a_label_smoothing_of_the_flag_is_that_of_an_edit(tmp_path, call_in):
@@ -483,9 +485,48 @@ def test_a_further_figure_in_the_rows(base, tmp_path, call_in):
     assert [line["fc2"] for line in record(tmp_path / "out" / "0" / "logits_90.00.pkl")["epochs"]] == [10.0] * 3
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"Opt": "sgd"', '"Opt": "adamw"', "model.py: TRAINING, Opt: 'adamw' is none of sgd, adam"),
+        ('"Opt": "sgd"', '"Label_smothing": 0.1', "model.py: TRAINING holds Label_smothing, which is no flag"),
+        ('"Lr": 0.1', '"Lr": -1', "model.py: TRAINING, Lr: -1 is not a number above 0"),
+        ('"Epoch": 30', '"Epoch": "many"', "model.py: TRAINING, Epoch: 'many' is not a whole number"),
+        ('"Even": True', '"Evn": True', "model.py: RETRAINING holds Evn"),
+    ],
+)
+def test_senseless_values_in_model_py_are_one_line(tmp_path, call_in, old, new, message):
+    folder = editable(tmp_path / "repository", "mlp")
+    text = (folder / "model.py").read_text()
+    assert text.count(old) == 1
+    (folder / "model.py").write_text(text.replace(old, new))
+    assert message in call_in(folder, STAGE1, *TRAIN, "--Save_dir", tmp_path / "out", code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_edit_of_retraining_leaves_finished_training_alone(tmp_path, call_in):
+    """Its values are flags' defaults, which are compared as arguments where they are used."""
+    folder = editable(tmp_path / "repository", "mlp")
+    flags = [STAGE1, *TRAIN, "--Save_dir", tmp_path / "out"]
+    call_in(folder, *flags)
+    text = (folder / "model.py").read_text()
+    (folder / "model.py").write_text(text.replace('"prune_per_step": 0.01', '"prune_per_step": 0.02'))
+    assert "is complete already: test accuracy" in call_in(folder, *flags)
+    (folder / "model.py").write_text(text.replace('"Lr": 0.1', '"Lr": 0.2'))
+    assert "--Lr 0.1 (now 0.2)" in call_in(folder, *flags, code=2)
+
+
+def test_differences_are_said_as_they_are(base, tmp_path, call):
+    copies(base / "0", tmp_path / "0", ["logits_best.pkl"])
+    said = call(STAGE1, *TRAIN, "--Seed", "1", "--Weight_decay", "0", "--Save_dir", tmp_path, code=2)
+    assert "--Seed 0 (now 1)" in said
+    assert "--Weight_decay 0.0001 (now 0.0)" in said
+
+
 def test_schedules_by_flags(tmp_path, call):
-    for name in ("cosine", "one-cycle"):
-        call(STAGE1, *TRAIN, "--Schedule", name, "--Warm_up", "0.4", "--Save_dir", tmp_path / name)
+    for name, more in (("cosine", ()), ("one-cycle", ("--Warm_up", "0.4"))):
+        call(STAGE1, *TRAIN, "--Schedule", name, *more, "--Save_dir", tmp_path / name)
+    assert "--Warm_up belongs to --Schedule one-cycle" in call(STAGE1, *TRAIN, "--Warm_up", "0.4", code=2)
     rates = {
         n: [e["lr"] for e in record(tmp_path / n / "0" / "logits_best.pkl")["epochs"]] for n in ("cosine", "one-cycle")
     }
