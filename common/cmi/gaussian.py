@@ -21,6 +21,16 @@ DEGENERATE = 1e-6  # variance, of units of variance 1, below which a direction i
 MOST_SNR = 1e100  # its square is a number, too
 
 
+def _checked_snr(snr, given: str, units: tuple[int]) -> np.ndarray:
+    """The signal-to-noise ratios, if they are one legal number per child unit."""
+    snr = as_array(snr, "snr")
+    if given != "kept":
+        raise ValueError("snr belongs to given='kept'")
+    if snr.dtype.kind not in "iuf" or snr.shape != units or not ((snr >= 0) & (snr <= MOST_SNR)).all():
+        raise ValueError(f"snr must hold one number from 0 to {MOST_SNR:g} per child unit, shape {units}")
+    return snr
+
+
 def scores(
     layer: Layer,
     *,
@@ -56,12 +66,7 @@ def scores(
     check_choice(given, "given", ("rest", "kept"))
     if shrinkage is not None:
         check_number(shrinkage, "shrinkage", DEGENERATE, 1)
-    if snr is not None:
-        snr, units = as_array(snr, "snr"), layer.child_groups.shape
-        if given != "kept":
-            raise ValueError("snr belongs to given='kept'")
-        if snr.dtype.kind not in "iuf" or snr.shape != units or not ((snr >= 0) & (snr <= MOST_SNR)).all():
-            raise ValueError(f"snr must hold one number from 0 to {MOST_SNR:g} per child unit, shape {units}")
+    snr = None if snr is None else _checked_snr(snr, given, layer.child_groups.shape)
     data = np.hstack([layer.parents, layer.children])
     covariance = data.T @ data / layer.n
     constant = np.flatnonzero(np.diag(covariance) == 0)
