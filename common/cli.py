@@ -617,6 +617,8 @@ def run(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             sys.exit(_say(name, f"--Compile: torch.compile fails here ({reason(error)}); leave it out", 2))
+        if parallel.size() > 1 and "by peer" in str(error):
+            sys.exit(_say(name, "another process ended early and says why", 2))
         if not out_of_memory(error):
             raise
         less = "fewer `cores`, fewer `samples_per_class`" if _stage == "2" else "a smaller `batch_size`"

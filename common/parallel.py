@@ -33,10 +33,8 @@ def processes() -> Iterator[None]:
         dist.init_process_group(**options)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes cannot be joined ({reason(error)}); start them with torchrun") from error
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # after an error it stays, for `is_first`
 
 
 def by_torchrun() -> bool:
