@@ -338,7 +338,7 @@ class TestFurtherPruning:
         kept = masks.select_blocks(masks.rank("random", net, blocks, None), blocks, 0.9, [1], within=first)
         mask = masks.Mask.of_blocks(kept, blocks, net, within=first)
         assert torch.equal(mask["final.weight"], first["final.weight"])
-        assert mask.by_layer()["conv.weight"] >= 90
+        assert mask.pruned_by_layer()["conv.weight"] >= 90
 
 
 def test_sparsity_is_the_mask_s(net):
