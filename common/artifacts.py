@@ -84,9 +84,13 @@ def load_checkpoint(path: Path, *, foreign: bool = False, finished: bool = False
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} has no 'state_dict' of tensors; {remedy}")
     for key, tensor in state.items():
-        if tensor.nbytes > len(content):
-            raise InputError(f"{path}: {key} is larger than the file; {remedy}")
-        if not tensor.isfinite().all():
+        try:
+            if tensor.nbytes > len(content):
+                raise InputError(f"{path}: {key} is larger than the file; {remedy}")
+            finite = bool(tensor.isfinite().all())
+        except (RuntimeError, TypeError) as error:  # float8, sparse, quantised, without storage
+            raise InputError(f"{path}: {key} is {tensor.dtype}, {tensor.layout}; legal: dense numbers") from error
+        if not finite:
             raise InputError(f"{path}: {key} holds values that are not finite; {remedy}")
     return checkpoint
 

@@ -358,6 +358,8 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None = None) -> Data:
     on = choose_device(given["device_ids"])
     if args.stage == 2:
         val_size = (checkpoint or {}).get("val_size", 0)
+        if not (isinstance(val_size, int) and val_size >= 0):
+            raise InputError(f"{weights_path(args)}: its val_size is {val_size!r}; legal: a whole number from 0")
     else:
         val_size = args.Val_size if args.Select == "val" else 0
         args.Amp = on.type == "cuda" and torch.cuda.is_bf16_supported() if args.Amp is None else args.Amp

@@ -81,6 +81,25 @@ def test_checkpoints_of_other_programs_load(tmp_path, prefix, wrapper):
     assert torch.equal(other[0].weight, network[0].weight)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda t: t.to(torch.float8_e4m3fn),
+        lambda t: t.to_sparse(),
+        lambda t: t.to_sparse_csr(),
+        lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+        lambda t: t.to("meta"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_of_other_kinds_are_one_line(tmp_path, kind):
+    torch.save({"state_dict": {"weight": kind(torch.eye(40))}}, tmp_path / "x.pth")
+    with pytest.raises(InputError) as error:
+        artifacts.load_checkpoint(tmp_path / "x.pth", foreign=True)
+    assert "x.pth" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("status", ["running", "diverged"])
 def test_a_checkpoint_of_an_unfinished_run_is_refused_where_a_finished_one_is_meant(checkpoint, status):
     known = records.read(records.record_path(checkpoint))
