@@ -56,7 +56,8 @@ def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit) -> None
         norm.momentum = None  # the plain mean over all batches
         norm.train()
     for images, _ in split.batches():
-        network(images)
+        if len(images) > 1:  # of one image, maps of one pixel have no variance
+            network(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     network.eval()

@@ -122,7 +122,20 @@ def test_batch_norm_takes_its_statistics_from_the_images(network, split):
     assert not network[1].training
 
 
-def test_relevance_is_what_reaches_the_outputs(split):
+def test_a_last_batch_of_one_image_is_left_out():
+    """Batch norm of one value per channel has no variance; the statistics are those of the other images."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3))
+    images = torch.randint(0, 256, (2**18 + 1, 1, 2, 2), dtype=torch.uint8)
+    split = Split(images, torch.zeros(len(images), dtype=torch.int64))
+    assert [len(batch) for batch, _ in split.batches()] == [2**18, 1]
+    refit.recalibrate_batch_norm(net, split)
+    with torch.no_grad():
+        values = net[1](images[:-1].flatten(1).float() / 255)
+    torch.testing.assert_close(net[2].running_mean, values.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_sensitivity_is_what_reaches_the_outputs(split):
     """Of a linear network, exactly: variance of the unit times squared weights to the outputs, over their variance."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(72, 5), nn.Linear(5, 3))
@@ -139,7 +152,7 @@ def test_relevance_is_what_reaches_the_outputs(split):
     assert np.array_equal(found["1.weight"], output_sensitivity(net, ["1.weight"], split)["1.weight"])
 
 
-def test_relevance_of_maps_is_that_of_their_means(network, split):
+def test_sensitivity_of_maps_is_that_of_their_means(network, split):
     found = output_sensitivity(network, ["0.weight", "3.weight"], split)
     assert found["0.weight"].shape == (6,)
     assert (found["3.weight"] >= 0).all()
