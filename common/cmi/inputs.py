@@ -143,6 +143,12 @@ def one_thread_per_worker() -> Iterator[None]:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether it is for want of memory that numpy, or torch on a GPU or a CPU, gave up."""
-    signs = "t allocate memory", "out of memory", "ALLOC_FAILED"
+    signs = (
+        "t allocate memory",
+        "out of memory",
+        "ALLOC_FAILED",
+        "is killed by signal: Killed",
+        "is killed by signal: Bus",
+    )
     allocator = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     return allocator or isinstance(error, (MemoryError, torch.OutOfMemoryError))
