@@ -207,7 +207,7 @@ def test_shares_that_coincide_say_so(base, tmp_path, call):
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
         "DataLoader worker (pid 7) is killed by signal: Killed. ",
-        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that workers are out of shared memory.",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. Workers may be out of shared memory.",
     ],
 )
 def test_want_of_memory_is_recognised(message):
