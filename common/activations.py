@@ -13,6 +13,7 @@ from common.data import FileSplit, Split
 from common.errors import InputError
 from common.masks import KINDS, plain_layer
 
+FIRST_IMAGES = 1000  # among which two are looked for: a data set of millions is not listed for two
 SENSITIVITY_BATCH = 100  # images; gradients need the maps of all layers at once
 
 
@@ -72,7 +73,7 @@ def output_layer(network: nn.Module, split: Split | FileSplit) -> str | None:
 @torch.no_grad()
 def _try(network: nn.Module, keys: list[str], split: Split | FileSplit) -> tuple[list, Tensor, int]:
     """Run the network on two images: (key, input's shape) of every layer that ran, the outputs, number of images."""
-    ran, (images, _) = [], next(iter(split.batches(2 * parallel.size())))
+    ran, (images, _) = [], next(iter(split[torch.arange(min(len(split), FIRST_IMAGES))].batches(2 * parallel.size())))
     network.eval()
     with forward_hooks(network, keys, lambda key, read, _: ran.append((key, getattr(read, "shape", None)))):
         outputs = network(images)

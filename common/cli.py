@@ -222,11 +222,12 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
     _stage = str(stage)
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(usage="%(prog)s [--FLAG VALUE ...]", description=doc, formatter_class=raw, allow_abbrev=False)
+    defaults = _defaults(model, stage)
     for title, flags in HELP.items():
         group = parser.add_argument_group(title)
         for name, flag in flags.items():
             if _stage in flag["stages"]:
-                group.add_argument(f"--{name}", **_options(name, flag, _defaults(model, stage)))
+                group.add_argument(f"--{name}", **_options(name, flag, defaults))
     args = parser.parse_args(argv)
     if stage == 2 and parallel.size() > 1:
         raise InputError("stage 2 is one process that uses all cores (--cores); start it without torchrun")
@@ -433,9 +434,8 @@ def pending_pairs(
     _note_other_code(args, weights_path(args))
     families, todo = artifacts.score_paths(args.weights_dir, args.name_postfix), []
     last = output_layer(network, images.train)
-    run_order(
-        network, [model.PAIRS[key_id][1] for key_id in args.key_ids], images.train
-    )  # refuses what cannot be scored
+    children = [model.PAIRS[key_id][1] for key_id in args.key_ids]
+    run_order(network, children, images.train)  # refuses what cannot be scored
     with contextlib.ExitStack() as locks:
         for key_id, *groups in zip(args.key_ids, args.parent_clusters, args.children_clusters, strict=True):
             parent, child = model.PAIRS[key_id]

@@ -21,13 +21,8 @@ from common.masks import Mask, sparsity_report
 from common.training import Metrics, evaluate
 
 TOLERANCE = {"val": 1.0, "last": 0.0, "test": 0.0}  # standard errors; see `Run.log`
-SHOWN = {
-    "lr": ".4g",
-    "loss": ".4f",
-    "accuracy": ".2f",
-    "seconds": ".1f",
-    "epoch": "d",
-}  # by the last part of a figure's name
+# formats, by the last part of a figure's name
+SHOWN = {"lr": ".4g", "loss": ".4f", "accuracy": ".2f", "seconds": ".1f", "epoch": "d"}
 
 
 @contextlib.contextmanager
