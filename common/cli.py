@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from common import artifacts, parallel, records, runs, scoring
 from common.activations import output_layer, run_order
 from common.cmi import ESTIMATORS, kde
 from common.cmi.inputs import out_of_memory
-from common.data import Data, load
+from common.data import Data, FileSplit, Split, load, sample_per_class
 from common.datasets import DATASETS, torchvision
 from common.errors import Diverged, InputError, reason
 from common.files import ROOT, display_path, file_lock, under_results
@@ -145,11 +146,13 @@ PRUNING = {
     "upper_prune_limit": _flag("3", SHARE, f"largest pruned share of a layer: {BY_LAYER}", **MANY),
     "Even": _flag("3", None, "spread the kept blocks evenly over child and parent groups", False, **SWITCH),
     "Refit": _flag("3", None, "refit the kept weights by least squares before retraining", False, **SWITCH),
-    "Samples_per_class": _flag("3", COUNT, "training images of each class to refit with"),
+    "Samples_per_class": _flag("3", COUNT, "training images of each class for batch norm, refit and taylor"),
     "Retrain_mask": _flag("3", results_path, "the scores: DIR/I_parent_<postfix>.npy (cmi: beside RETRAIN)"),
     "Labels_file": _flag("3", results_path, "DIR/Labels_<postfix>.npy (default: beside the scores)"),
     "Labels_children_file": _flag("3", results_path, "DIR/Labels_children_<postfix>.npy (default: beside the scores)"),
-    "given": _flag("2", ("rest", "kept"), "gaussian: given all other parents (default), or those not yet pruned"),
+    "sampling": _flag("2", ("means", "positions"), "maps count as their means, or at random positions", "means"),
+    "positions": _flag("2", COUNT, "--sampling positions: how many of every image's map", 1),
+    "given": _flag("2", ("rest", "kept"), "gaussian: given all other parents, or those not yet pruned"),
     "width": _flag(
         "2",
         number(float, 1e-6, 1e6),
@@ -204,7 +207,7 @@ FLAGS = {name: flag for group in HELP.values() for name, flag in group.items()}
 # Not recorded: what makes no difference to the result; what is younger than the first records and as it was then.
 UNRECORDED = {"stage", "code", "cores", "Expt_rerun", "Device_ids", "device_ids", "Data_dir", "data_dir", "Workers"}
 UNRECORDED |= {"Resume", "key_ids"}
-AS_EVER = {"Schedule": "steps", "Warm_up": 0.3, "Label_smoothing": 0.0}
+AS_EVER = {"Schedule": "steps", "Warm_up": 0.3, "Label_smoothing": 0.0, "sampling": "means", "positions": None}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -241,9 +244,13 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
     return args
 
 
+def _has_batch_norm(args: argparse.Namespace, model: ModuleType) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in model.build(args.Dims).modules())
+
+
 def _check_batch_size(args: argparse.Namespace, model: ModuleType) -> None:
     """Every process trains on an image at least, and batch norm on two."""
-    normed = any(isinstance(module, _BatchNorm) for module in model.build(args.Dims).modules())
+    normed = _has_batch_norm(args, model)
     least = parallel.size() * (2 if normed else 1)
     if args.Batch_size < least:
         why = "batch norm needs two images" if normed else "there is to be one image"
@@ -255,15 +262,15 @@ _stage = "1"  # of the script that runs: whose flags errors speak of
 
 def _defaults(model: ModuleType, stage: int) -> dict:
     """The values of model.py, by flag."""
-    for table in ("TRAINING", "RETRAINING"):
+    for table in ("TRAINING", "RETRAINING", "SCORING"):
         _check_values(f"model.py: {table}", getattr(model, table))
     base = f"{model.NAME}/baseline"
     if stage == 2:
         known = {"dataset": model.TRAINING["Dataset"], "dims": model.TRAINING["Dims"], "model": model.NAME}
-        return known | {"weights_dir": f"{base}/0", "samples_per_class": model.SAMPLES_PER_CLASS}
+        return {**known, "weights_dir": f"{base}/0", **model.SCORING}
     if stage == 1:
         return {**model.TRAINING, "Model": model.NAME, "Save_dir": base}
-    known = {"Retrain": f"{base}/0/logits_best.pkl", "Samples_per_class": model.SAMPLES_PER_CLASS}
+    known = {"Retrain": f"{base}/0/logits_best.pkl", "Samples_per_class": model.SCORING["samples_per_class"]}
     return {**model.RETRAINING, **known, "Model": model.NAME, "Save_dir": f"{model.NAME}/pruned"}
 
 
@@ -327,6 +334,12 @@ def _check_scoring(args: argparse.Namespace, model: ModuleType) -> None:
     every = range(len(model.PAIRS))
     args.key_ids = list(every) if args.key_id == "all" else [in_range(args.key_id, model.PAIRS)]
     resolve_groups(args, [model.PAIRS[k][1] for k in args.key_ids], model.GROUPS)
+    if args.given == model.SCORING.get("given") and args.estimator != model.SCORING.get("estimator", "kde"):
+        args.given = None  # the default belongs to the default estimator
+    if args.sampling == "means":
+        args.positions = None
+    elif not any(isinstance(layer, _ConvNd) for layer in model.build(args.dims).modules()):
+        raise InputError(f"--sampling positions: {model.NAME} has no convolution; legal: means")
     scoring_options(args)
 
 
@@ -337,7 +350,7 @@ def _check_pruning(args: argparse.Namespace, model: ModuleType) -> None:
     if args.Save_dir in args.Retrain.parents[:2]:
         where = display_path(args.Save_dir)
         raise InputError(f"--Save_dir {where} holds the checkpoint that is pruned; name another directory")
-    if not args.Refit:
+    if not (args.Refit or args.Criterion == "taylor" or _has_batch_norm(args, model)):
         args.Samples_per_class = None  # no images are needed: not recorded
 
 
@@ -499,11 +512,18 @@ def pruning_plan(
     sparsity = share_of_masked(args, pruned_share(args), network, blocks)
     known = {"inputs": records.checksums(args.Retrain, *paths), "requested_percent": 100 * sparsity}
     if made:
-        how = ("estimator", "given", "grouping", "samples_per_class")
+        how = ("estimator", "given", "sampling", "positions", "grouping", "samples_per_class")
         known["scores"] = {flag: made["arguments"][flag] for flag in how if made["arguments"].get(flag)}
     scores = scores if families else None
     like = None if args.Criterion.startswith("cmi") else scores
     return Plan(blocks, scores, like, sparsity, args.upper_prune_limit, within, known)
+
+
+def calibration_images(args: argparse.Namespace, images: Data) -> Split | FileSplit | None:
+    """The training images that stage 3 takes statistics from, if what it is asked for needs any."""
+    if args.Samples_per_class is None:
+        return None
+    return images.train[sample_per_class(images.train.labels, args.Samples_per_class, args.Seed)]
 
 
 def score_families(args: argparse.Namespace) -> list[Path]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.cmi.inputs import check_samples, standardise
 from common.errors import InputError
 
-CRITERIA = ("cmi", "cmi-magnitude", "random", "magnitude")
+CRITERIA = ("cmi", "cmi-magnitude", "random", "magnitude", "taylor")
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 Arrays = list[np.ndarray]
 
@@ -89,9 +89,14 @@ def contiguous_blocks(network: nn.Module, key: str, parents: int, children: int,
 
 
 def correlated_blocks(blocks: Blocks, children: np.ndarray, parents: np.ndarray) -> Blocks:
-    """As many blocks, of groups whose units are alike; `children` (n, c) and `parents` (n, p) are their activations."""
+    """As many blocks, of groups whose units are alike by their activations: `children` (n, c) and `parents` (n, p).
+
+    Of windows of maps, parents (n, p * kernel), every place of the window counts as a row of its own.
+    """
+    parents = np.asarray(parents).reshape(len(parents), len(blocks.parent_groups), -1).swapaxes(1, 2)
+    units = np.asarray(children), parents.reshape(-1, len(blocks.parent_groups))
     counts = (len(np.unique(groups)) for groups in (blocks.child_groups, blocks.parent_groups))
-    labels = (correlated_groups(units, count) for units, count in zip((children, parents), counts, strict=True))
+    labels = (correlated_groups(values, count) for values, count in zip(units, counts, strict=True))
     return Blocks(*labels, blocks.kernel)
 
 
@@ -118,9 +123,9 @@ def rank(
 
     Parameters
     ----------
-    criterion : "cmi": the scores; "magnitude": mean absolute weight; "random"; "cmi-magnitude": square root of the
-        score times mean absolute weight
-    scores : one (H, G) array per layer; needed for "cmi" and "cmi-magnitude"
+    criterion : "cmi", "taylor": the scores; "magnitude": mean absolute weight; "random"; "cmi-magnitude": square root
+        of the score times mean absolute weight
+    scores : one (H, G) array per layer: conditional mutual information, or for "taylor" `activations.block_taylor`
     seed : of the random ranks
     """
     rng = np.random.default_rng([seed, 1])
@@ -134,6 +139,7 @@ def rank(
 
     of_layer = {
         "cmi": lambda key: scores[key],
+        "taylor": lambda key: scores[key],
         "magnitude": magnitude,
         "random": lambda key: rng.random(blocks[key].weights.shape),
         "cmi-magnitude": product,
@@ -146,7 +152,6 @@ def select_blocks(
     blocks: dict[str, Blocks],
     sparsity: float,
     max_sparsity: list[float],
-    *,
     like: dict[str, np.ndarray] | None = None,
     balanced: bool = False,
     within: dict[str, Tensor] | None = None,

@@ -1,12 +1,11 @@
 """Refit what a mask keeps, so that a pruned network does, before any retraining, as much as is left of it can."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import parallel
-from common.activations import forward_hooks, run_order
+from common.activations import draw_positions, forward_hooks, rows_at, run_order, windows
 from common.data import FileSplit, Split
 from common.masks import Mask, plain_layer
 
@@ -46,8 +45,8 @@ def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileS
 
 
 @torch.no_grad()
-def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit) -> None:
-    """Set the running statistics of batch norm to the means over the split's batches."""
+def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit) -> nn.Module:
+    """Set the running statistics of batch norm to the means over the split's batches; returns the network."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     network.eval()
     momenta = [norm.momentum for norm in norms]
@@ -62,6 +61,7 @@ def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit) -> None
         norm.momentum = momentum
     network.eval()
     parallel.broadcast_buffers(network)
+    return network
 
 
 def _moments(source: nn.Module, dense: nn.Module, keys: list[str], split: Split | FileSplit) -> dict[str, tuple]:
@@ -70,12 +70,12 @@ def _moments(source: nn.Module, dense: nn.Module, keys: list[str], split: Split 
     random, wanted, sums = torch.Generator().manual_seed(0), {}, {key: (0, 0) for key in keys}
 
     def remember(key: str, _, returned: Tensor) -> None:
-        where = _draw(returned, random)
-        wanted[key] = where, _rows(returned, where)
+        where = draw_positions(returned, POSITIONS, random)
+        wanted[key] = where, rows_at(returned, where)
 
     def add(key: str, read: Tensor, _) -> None:
         where, returned = wanted.pop(key)
-        read = _rows(_windows(layers[key], read), where)
+        read = rows_at(windows(layers[key], read), where)
         read = torch.cat([read, read.new_ones(len(read), 1)], 1)
         gram, cross = sums[key]
         sums[key] = gram + (read.T @ read).double(), cross + (read.T @ returned).double()
@@ -86,31 +86,6 @@ def _moments(source: nn.Module, dense: nn.Module, keys: list[str], split: Split 
             if source is not dense:
                 source(images)
     return {key: tuple(map(parallel.all_reduce, moments)) for key, moments in sums.items()}
-
-
-def _draw(maps: Tensor, random: torch.Generator) -> tuple:
-    """Index of some positions of every image's map (b, c, ...); of vectors, of all."""
-    if maps.ndim == 2:
-        return (...,)
-    images, shape = torch.arange(len(maps), device=maps.device)[:, None], maps.shape[2:]
-    places = torch.rand(len(maps), shape.numel(), generator=random).argsort(1)[:, :POSITIONS]
-    return images, slice(None), *torch.unravel_index(places.to(maps.device), shape)
-
-
-def _rows(maps: Tensor, where: tuple) -> Tensor:
-    """The vectors, or all values at these positions of maps, a row for each."""
-    return maps[where] if maps.ndim == 2 else maps[where].flatten(0, 1).flatten(1)
-
-
-def _windows(layer: nn.Module, read: Tensor) -> Tensor:
-    """What every output of a layer reads: a view (b, c, *positions, *kernel) of a padded map; vectors as they are."""
-    if isinstance(layer, nn.Linear):
-        return read
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    windows = F.pad(read, layer._reversed_padding_repeated_twice, mode)
-    for axis, (size, step, apart) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), 2):
-        windows = windows.unfold(axis, (size - 1) * apart + 1, step)[..., ::apart]
-    return windows
 
 
 def _solve(layer: nn.Module, kept: Tensor, gram: Tensor, cross: Tensor) -> None:

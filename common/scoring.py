@@ -60,8 +60,13 @@ class Estimator:
         self.state_file, self.blocks, self.options, self.began = state_file, blocks, options, time.perf_counter()
 
     def __call__(self, children, parents, name: str = "") -> np.ndarray:
-        """Scores (H, G) of activations (n, c) and (n, p); `name` tells several estimates of one pair apart."""
-        inputs = np.asarray(children), np.asarray(parents), self.blocks.child_groups, self.blocks.parent_groups
+        """Scores (H, G) of activations (n, c) and (n, p), or (n, p * kernel) of windows of maps, channel by channel.
+
+        `name` tells several estimates of one pair apart.
+        """
+        children, parents = np.asarray(children), np.asarray(parents)
+        window = parents.shape[1] // len(self.blocks.parent_groups)  # units of a channel
+        inputs = children, parents, self.blocks.child_groups, np.repeat(self.blocks.parent_groups, window)
         try:
             return self._resumed(name, *inputs)
         except ValueError as error:

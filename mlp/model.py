@@ -23,7 +23,7 @@ TRAINING = {
     "Weight_decay": 1e-4,
     "Val_size": 3000,  # ours: the paper chooses the epoch on the test set (--Select test)
 }
-SAMPLES_PER_CLASS = 650
+SCORING = {"samples_per_class": 650}
 GROUPS = {  # numbers of parent and of child groups, by child; the last layer's children are the classes
     "fc1.weight": (784, 100),
     "fc2.weight": (250, 100),

@@ -42,7 +42,7 @@ TRAINING = {
     "Weight_decay": 1e-4,
     "Val_size": 10000,  # ours: the paper chooses the epoch on the images that it reports (--Select test)
 }
-SAMPLES_PER_CLASS = 5
+SCORING = {"samples_per_class": 5}
 GROUPS = {child: (64, 64) for _, child in PAIRS}  # numbers of parent and of child groups, by child
 MAX_SPARSITY = {
     child: 0.55 for _, child in PAIRS[:-1]

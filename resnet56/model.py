@@ -27,7 +27,7 @@ TRAINING = {
     "Weight_decay": 2e-4,
     "Val_size": 5000,  # ours: the paper chooses the epoch on the test set (--Select test)
 }
-SAMPLES_PER_CLASS = 500
+SCORING = {"samples_per_class": 500}
 augment = crop_and_flip(padding=4)  # of training images; None: none
 CHANNELS = {"conv1": 16, "layer1": 16, "layer2": 32, "layer3": 64, "linear": 10}
 GROUPS = {  # one group per channel: numbers of parent and of child groups, by child

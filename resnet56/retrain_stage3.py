@@ -2,9 +2,8 @@
 
     python retrain_stage3.py --key_id 0
 
-Prunes all convolutions but the 1st, 16th, 20th, 38th and 54th. Reads a checkpoint of stage 1 and, unless --Criterion
-says otherwise, scores of stage 2. Writes results/resnet56/pruned/<rerun>/logits_<percentage of these layers' weights
-that is pruned>.pkl and its record. The paper reaches 93.47 % with 52.41 % of all weights pruned.
+Prunes all convolutions but the 1st, 16th, 20th, 38th and 54th. Reads a checkpoint and scores. Writes results/resnet56/
+pruned/<rerun>/logits_<pruned percentage>.pkl and its record. The paper: 93.47 % with 52.41 % of all weights pruned.
 """
 
 import copy
@@ -16,26 +15,26 @@ from torch.nn import CrossEntropyLoss
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import model
 from common import artifacts, cli, parallel
-from common.data import sample_per_class
+from common.activations import block_taylor
 from common.masks import Mask, rank, select_blocks
-from common.refit import refit
+from common.refit import recalibrate_batch_norm, refit
 from common.training import evaluate, make_optimizer, make_schedule, set_dropout, train_epoch
 
 
-def prune(args, network, plan, seed):
-    """Blocks are ranked, by layer one value each; the lowest go."""
-    ranks = rank(args.Criterion, network, plan.blocks, plan.scores, seed)
-    options = {"like": plan.like, "balanced": args.Even, "within": plan.within}
-    kept = select_blocks(ranks, plan.blocks, plan.sparsity, plan.max_sparsity, **options)
+def prune(args, network, plan, sample, seed):
+    scores = block_taylor(network, plan.blocks, sample) if args.Criterion == "taylor" else plan.scores
+    ranks = rank(args.Criterion, network, plan.blocks, scores, seed)
+    kept = select_blocks(ranks, plan.blocks, plan.sparsity, plan.max_sparsity, plan.like, args.Even, plan.within)
     return Mask.of_blocks(kept, plan.blocks, network, within=plan.within)
 
 
-def retrain(args, images, run, dense, mask):
+def retrain(args, images, run, dense, mask, sample):
     network = copy.deepcopy(dense)
     mask.apply(network)
+    run.remember("test_masked", network)
+    run.remember("test_recalibrated", recalibrate_batch_norm(copy.deepcopy(network), sample))
     if args.Refit:
-        rows = sample_per_class(images.train.labels, args.Samples_per_class, args.Seed)
-        refit(network, dense, mask, images.train[rows])
+        refit(network, dense, mask, sample)
     run.remember("test_before_retraining", network)
     optimizer = make_optimizer(args.Opt, network.parameters(), args.Lr, args.Weight_decay, args.Nesterov)
     mask.hold(network, optimizer)  # exactly 0 after every step
@@ -59,11 +58,12 @@ def main():
     images = cli.load_data(args, checkpoint)
     dense = parallel.place(dense, images.device)
     plan = cli.pruning_plan(args, dense, model, images, checkpoint)  # blocks, their scores, how much to prune
+    sample = cli.calibration_images(args, images)
     for rerun in range(args.Expt_rerun):
-        mask = prune(args, dense, plan, args.Seed + rerun)
+        mask = prune(args, dense, plan, sample, args.Seed + rerun)
         with cli.start_run(args, rerun, f"logits_{mask.percent_pruned():.2f}.pkl", images, plan.known, mask) as run:
             if not run.finished:
-                retrain(args, images, run, dense, mask)
+                retrain(args, images, run, dense, mask, sample)
 
 
 if __name__ == "__main__":

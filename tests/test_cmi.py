@@ -9,7 +9,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.spatial.distance import pdist, squareform
 from scipy.special import digamma, logsumexp
 
-from common.cmi import ESTIMATORS, cmi, gmi, kde, layer_cmi
+from common.cmi import ESTIMATORS, backward, cmi, gmi, kde, layer_cmi
 
 
 def layer(rng, n=40, parents=9, children=6):
@@ -434,8 +434,10 @@ class TestBackwardElimination:
             assert found[j, order] == pytest.approx(pooled, abs=1e-4)
 
     @pytest.mark.parametrize("groups", [70, 45])
-    def test_many_groups_literally(self, rng, groups):
+    def test_many_groups_literally(self, rng, groups, monkeypatch):
         """More removals than the precision matrix waits for, against one inverse of what is left per step."""
+        monkeypatch.setattr(backward, "ROWS", 8)
+        monkeypatch.setattr(backward, "MEMORY", 2 * 8 * 70**2)  # one or two child groups at a time
         parents = rng.normal(size=(2000, 70)) @ rng.normal(size=(70, 70))
         children, child_groups = parents @ rng.normal(size=(70, 3)), np.array([0, 1, 1])
         parent_groups = np.arange(70) * groups // 70

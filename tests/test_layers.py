@@ -118,6 +118,47 @@ def test_activations_are_those_that_the_layer_read_and_returned(network, split):
         torch.testing.assert_close(found, seen.flatten(2).mean(2) if seen.ndim > 2 else seen)
 
 
+def test_at_positions_a_layer_is_seen_as_a_linear_one(network, split):
+    """Windows times weights are the outputs, at each position once; a few positions are some of them."""
+    layer, split = network[1], split[torch.arange(40)]
+    read, returned = activations.collect_activations(network, ["1.weight"], split, positions=10**6)["1.weight"]
+    with torch.no_grad():
+        torch.testing.assert_close(F.linear(read, layer.weight.flatten(1), layer.bias), returned, rtol=1e-4, atol=1e-5)
+        maps = layer(network[0](split.images / 255.0))
+    maps = maps.flatten(2).transpose(1, 2).flatten(0, 1) if maps.ndim > 2 else maps
+    torch.testing.assert_close(returned.sort(0).values, maps.sort(0).values)
+    some = activations.collect_activations(network, ["1.weight"], split, 7, positions=2, seed=1)["1.weight"]
+    per_image = min(2, len(returned) // 40)
+    assert len(some[0]) == len(some[1]) == 40 * per_image
+    for image in range(40):
+        rows = returned.reshape(40, -1, 6)[image]
+        for row in some[1].reshape(40, per_image, 6)[image]:
+            assert (rows - row).abs().amax(1).min() < 1e-5
+
+
+def test_positions_depend_on_the_seed_alone(split):
+    network = built(flat(nn.Conv2d(2, 6, 3)), split)
+    one, same, other = (
+        activations.collect_activations(network, ["1.weight"], split, size, positions=1, seed=seed)["1.weight"][1]
+        for size, seed in ((None, 0), (16, 0), (None, 1))
+    )
+    torch.testing.assert_close(one, same)
+    assert not torch.allclose(one, other)
+
+
+def test_taylor_blocks_literally(network, split):
+    """The square of a block's sum of weight times gradient, image by image."""
+    split = split[torch.arange(12)]
+    blocks = masks.contiguous_blocks(network, "1.weight", 2, 3, last="4.weight")
+    found = activations.block_taylor(network, {"1.weight": blocks}, split)["1.weight"]
+    expected, weight = np.zeros((3, 2)), network[1].weight
+    for image, label in zip(split.images / 255.0, split.labels, strict=True):
+        loss = F.cross_entropy(network(image[None]), label[None])
+        change = weight.detach() * torch.autograd.grad(loss, weight)[0]
+        expected += blocks.sum(change) ** 2 / 12
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-12)
+
+
 def in_place(change):
     """Two networks that compute the same; one of them changes tensors in place."""
     torch.manual_seed(0)

@@ -152,6 +152,22 @@ def test_sensitivity_is_what_reaches_the_outputs(split):
     assert np.array_equal(found["1.weight"], output_sensitivity(net, ["1.weight"], split)["1.weight"])
 
 
+def test_sensitivity_at_positions_sums_the_squares_of_slopes(split):
+    """Of a linear network, exactly; an edge, whose slopes cancel over the map, counts."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 3))
+    split = split[torch.arange(300).repeat(20)]
+    with torch.no_grad():
+        slopes = net[2].weight.reshape(3, 3, 16)
+        slopes[:, 1] -= slopes[:, 1].mean(1, keepdim=True)
+        maps = net[0](split.images.float() / 255).double().flatten(2)
+        outputs = net(split.images.float() / 255).double()
+        expected = maps.var((0, 2)) * slopes.double().square().sum((0, 2)) / outputs.var(0).sum()
+    found = output_sensitivity(net, ["0.weight"], split, positions=True)["0.weight"]
+    assert found == pytest.approx(expected.numpy(), rel=0.1)
+    assert output_sensitivity(net, ["0.weight"], split)["0.weight"][1] < 1e-6 * found[1]
+
+
 def test_sensitivity_of_maps_is_that_of_their_means(network, split):
     found = output_sensitivity(network, ["0.weight", "3.weight"], split)
     assert found["0.weight"].shape == (6,)

@@ -25,7 +25,7 @@ TRAINING = {
     "Weight_decay": 5e-4,
     "Val_size": 5000,  # ours: the paper chooses the epoch on the test set (--Select test)
 }
-SAMPLES_PER_CLASS = 650
+SCORING = {"samples_per_class": 650}
 GROUPS = {child: (64, 64) for _, child in PAIRS}  # numbers of parent and of child groups, by child
 augment = crop_and_flip(padding=4)  # of training images; None: none
 MAX_SPARSITY = {  # layers that are pruned, and at most how much of each

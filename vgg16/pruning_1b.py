@@ -23,9 +23,11 @@ from common.scoring import uncertainty
 def score(args, network, images, pairs):
     sample = images.train[sample_per_class(images.train.labels, args.samples_per_class, args.seed)]
     layers = [pair.child for pair in pairs]
-    activations = collect_activations(network, layers, sample)  # what each layer reads and returns, in one pass
+    # what each layer reads and returns, in one pass: means of maps, or --sampling positions
+    activations = collect_activations(network, layers, sample, positions=args.positions, seed=args.seed)
     # --given kept: how much of the outputs goes through each child unit is its signal-to-noise ratio
-    sensitivity = output_sensitivity(network, layers, sample) if args.given == "kept" else {}
+    kept = args.given == "kept"
+    sensitivity = output_sensitivity(network, layers, sample, positions=args.positions is not None) if kept else {}
     for pair in pairs:
         parents, children = activations.pop(pair.child)  # (images, units)
         blocks = correlated_blocks(pair.blocks, children, parents) if args.grouping == "correlation" else pair.blocks

@@ -18,7 +18,8 @@ from scipy.optimize import isotonic_regression
 
 from common.cmi.inputs import Layer, in_parallel
 
-PERIOD = 32  # removals between two updates of the whole precision matrix
+ROWS = 256  # parents removed between two updates of the whole precision matrix
+MEMORY = 2**27  # bytes of precision matrices that one worker changes at a time
 ORDER = 1e-12  # relative difference by which equal scores keep their order
 
 
@@ -32,79 +33,112 @@ def scores(layer: Layer, covariance: np.ndarray, snr: np.ndarray | None = None, 
     snr : (c,) signal-to-noise ratio (of variances) at which each child unit is seen; none: without noise
     n_jobs : parallel workers
     """
-    p = len(layer.parent_groups)
+    p, live = len(layer.parent_groups), np.flatnonzero(layer.parent_units)
     signal, noise = (np.ones(len(layer.child_groups)), 0.0) if snr is None else (np.asarray(snr, float), 1.0)
     precision = np.linalg.inv(covariance[:p, :p])
     regression = precision @ covariance[:p, p:] * np.sqrt(signal)
     children = covariance[p:, p:] * np.sqrt(np.outer(signal, signal))
     residual = children - (covariance[p:, :p] * np.sqrt(signal)[:, None]) @ regression + noise * np.eye(len(signal))
+    parents, own = _members(layer.parent_groups)[live], _members(layer.child_groups)
+    size, everything = parents.shape[1], parents.ravel()
+    precision = _block(precision, everything, everything, np.eye(parents.size))
 
-    def row(j: int) -> np.ndarray:
-        own = layer.child_groups == j
-        return _row(layer.parent_groups, layer.parent_units > 0, precision, regression[:, own], residual[own][:, own])
+    def rows(groups: np.ndarray) -> np.ndarray:
+        known = np.stack(
+            [_block(regression, everything, own[j], np.zeros((parents.size, own.shape[1]))) for j in groups]
+        )
+        left = np.stack([_block(residual, own[j], own[j], np.eye(own.shape[1])) for j in groups])
+        found = np.zeros((len(groups), layer.shape[1]))
+        for row, order, losses in zip(found, *_eliminate(precision, known, left, size), strict=True):
+            row[live[order]] = isotonic_regression(losses).x * (1 + ORDER * np.arange(len(order)))
+        return found
 
-    return np.stack(list(in_parallel(row, range(layer.shape[0]), n_jobs)))
+    at_once = max(1, MEMORY // max(1, precision.nbytes))
+    chunks = np.split(np.arange(layer.shape[0]), range(at_once, layer.shape[0], at_once))
+    return np.vstack(list(in_parallel(rows, chunks, n_jobs))) if len(live) else np.zeros(layer.shape)
 
 
-def _row(
-    groups: np.ndarray, live: np.ndarray, precision: np.ndarray, regression: np.ndarray, residual: np.ndarray
-) -> np.ndarray:
-    """The scores (G,) of one child group with all parent groups; those that are not live score 0.
+def _members(groups: np.ndarray) -> np.ndarray:
+    """The units of every group (G, size); -1 fills up groups that are smaller than the largest."""
+    sizes = np.bincount(groups)
+    members = np.full((len(sizes), sizes.max()), -1)
+    members[np.arange(sizes.max()) < sizes[:, None]] = np.argsort(groups, kind="stable")
+    return members
+
+
+def _block(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, filling: np.ndarray) -> np.ndarray:
+    """These rows and columns of a matrix; where one of them is -1, the filling."""
+    return np.where((rows >= 0)[:, None] & (columns >= 0), matrix[np.ix_(rows, columns)], filling)
+
+
+def _eliminate(
+    precision: np.ndarray, regression: np.ndarray, residual: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Remove all parent groups from several child groups, side by side.
 
     What removals do to the precision matrix is put off: until it is worth one matrix product, only the rows of the
-    group that goes and the diagonal blocks are brought up to date.
+    groups that go and the diagonal blocks are brought up to date.
+
+    Parameters
+    ----------
+    precision : (p, p) of the parents, `size` of them a group
+    regression : (b, p, d) of each child group on the parents
+    residual : (b, d, d) covariance of what the parents leave of it
+
+    Returns
+    -------
+    The groups in the order of removal, and the losses in nats, both (b, p / size).
     """
-    order, losses, left = [], [], np.flatnonzero(live)
-    while len(left):
-        stay = np.flatnonzero(np.isin(groups, left))
-        groups, precision, regression = groups[stay], precision[np.ix_(stay, stay)], regression[stay]
-        members = [np.flatnonzero(groups == g) for g in left]
-        sizes, open_ = np.array([len(units) for units in members]), np.ones(len(left), bool)
-        by_size = [(sizes == size, np.stack([m for m in members if len(m) == size])) for size in np.unique(sizes)]
-        diagonal = [precision[units[:, :, None], units[:, None, :]] for _, units in by_size]
-        steps = np.zeros((PERIOD, sizes.max(), len(stay)))  # the matrix is precision - the sum of steps' outer products
-        done = steps.reshape(-1, len(stay))  # the same memory
-        for step in steps[: len(left)]:
-            gains = np.where(open_, _gains(by_size, diagonal, regression, residual), np.inf)
-            gone = np.argmin(gains)
-            order.append(left[gone])
-            losses.append(gains[gone])
-            open_[gone] = False
-            k = members[gone]
-            rows = precision[k] - done[:, k].T @ done
-            root = np.linalg.cholesky(rows[:, k])
-            step[: len(k)] = np.linalg.solve(root, rows)
-            known = np.linalg.solve(root, regression[k])
-            residual = residual + known.T @ known
-            regression = regression - step[: len(k)].T @ known
-            for (which, units), block in zip(by_size, diagonal, strict=True):
-                own = step[:, units].transpose(1, 2, 0)
-                block -= own @ own.transpose(0, 2, 1)
-                block[~open_[which]] = np.eye(units.shape[1])  # 0 by now, and never looked at again
-        precision, left = precision - done.T @ done, left[open_]
-    row = np.zeros(len(live))
-    if order:
-        row[order] = isotonic_regression(losses).x * (1 + ORDER * np.arange(len(order)))
-    return row
+    each, order, losses = np.arange(len(residual))[:, None], [], []
+    left, precision = np.tile(np.arange(len(precision) // size), (len(residual), 1)), [precision] * len(residual)
+    while (count := left.shape[1]) > 0:
+        diagonal = np.stack([_diagonal(matrix, size) for matrix in precision])
+        steps = np.zeros((len(each), min(count, max(1, ROWS // size)) * size, count * size))
+        stay = np.ones(left.shape, bool)
+        for begin in range(0, steps.shape[1], size):  # the matrix is precision - the sum of the steps' outer products
+            gains = np.where(stay, _gains(diagonal, regression, residual), np.inf)
+            gone = gains.argmin(1)[:, None]
+            order.append(left[each, gone])
+            losses.append(gains[each, gone])
+            stay[each, gone] = False
+            units, done, step = _units(gone, size), steps[:, :begin], steps[:, begin : begin + size]
+            rows = np.stack([matrix[own] for matrix, own in zip(precision, units, strict=True)])
+            rows -= done[each, :, units] @ done
+            root = np.linalg.cholesky(np.take_along_axis(rows, units[:, None], 2))
+            step[:] = np.linalg.solve(root, rows)
+            known = np.linalg.solve(root, regression[each, units])
+            residual = residual + known.swapaxes(1, 2) @ known
+            regression = regression - step.swapaxes(1, 2) @ known
+            own = step.reshape(len(each), size, count, size).transpose(0, 2, 3, 1)
+            diagonal -= own @ own.swapaxes(2, 3)
+            diagonal[each, gone] = np.eye(size)  # 0 by now, and never looked at again
+        places = np.nonzero(stay)[1].reshape(len(each), -1)
+        left, units = left[each, places], _units(places, size)
+        regression, steps = regression[each, units], [step.take(own, 1) for step, own in zip(steps, units, strict=True)]
+        precision = [m[own].take(own, 1) - step.T @ step for m, own, step in zip(precision, units, steps, strict=True)]
+    return np.hstack(order), np.hstack(losses)
 
 
-def _gains(
-    by_size: list[tuple[np.ndarray, np.ndarray]],
-    diagonal: list[np.ndarray],
-    regression: np.ndarray,
-    residual: np.ndarray,
-) -> np.ndarray:
-    """I(C_j; P_i | those left) of all groups i: by how much the child's residual covariance grows without them.
+def _units(groups: np.ndarray, size: int) -> np.ndarray:
+    """The units (b, k * size) of groups (b, k) that lie one behind the other."""
+    return (groups[:, :, None] * size + np.arange(size)).reshape(len(groups), -1)
 
-    `by_size` holds, for each size of a group, which groups (G,) have it and their units (groups, size); `diagonal`
-    their blocks (groups, size, size) of the precision matrix.
+
+def _diagonal(matrix: np.ndarray, size: int) -> np.ndarray:
+    """The blocks (p / size, size, size) on the diagonal of a matrix (p, p)."""
+    blocks = np.arange(len(matrix)).reshape(-1, size)
+    return matrix[blocks[:, :, None], blocks[:, None, :]]
+
+
+def _gains(diagonal: np.ndarray, regression: np.ndarray, residual: np.ndarray) -> np.ndarray:
+    """I(C_j; P_i | those left) of all groups (b, G): by how much the child's residual covariance grows without them.
+
+    `diagonal` (b, G, size, size) holds the groups' blocks of the precision matrix.
     """
-    gains = np.empty(len(by_size[0][0]))
-    for (which, units), block in zip(by_size, diagonal, strict=True):
-        own = regression[units]
-        solved = own / block if units.shape[1] == 1 else np.linalg.solve(block, own)
-        gains[which] = _log_det(residual + own.transpose(0, 2, 1) @ solved)
-    return (gains - _log_det(residual)) / 2
+    own = regression.reshape(*diagonal.shape[:3], -1)
+    solved = own / diagonal if own.shape[2] == 1 else np.linalg.solve(diagonal, own)
+    grown = residual[:, None] + own.swapaxes(2, 3) @ solved
+    return (_log_det(grown) - _log_det(residual)[:, None]) / 2
 
 
 def _log_det(matrices: np.ndarray) -> np.ndarray:
