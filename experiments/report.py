@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -36,6 +37,11 @@ MOMENTS = {
     "test_before_retraining": "accuracy before retraining (%)",
     "test_after_1_epoch": "after 1 epoch (%)",
     "test": "accuracy (%)",
+}
+BEFORE = {  # retraining; see `retrain` in the convolutional folders' stage 3
+    "test_masked": "masked (%)",
+    "test_recalibrated": "recalibrated (%)",
+    "test_before_retraining": "refitted (%)",
 }
 SPARSITY = {"masked_layers": "sparsity, masked layers (%)", "network": "sparsity, network (%)"}
 MEMORY = "memory, masked layers (MiB)"
@@ -104,25 +110,27 @@ def published(paper: dict) -> list[dict]:
     return rows
 
 
-def overview(records: list[dict]) -> str:
+def overview(records: list[dict], moments: dict = MOMENTS) -> str:
     """One line per rule, one column per pruned share: accuracy before -> after 1 epoch -> after retraining."""
     points, dense = by_point(records), mean_std(accuracies(baselines(records)))
     shares, names = ({*part} for part in zip(*points, strict=True))
     titles = {share: f"{share:.4g} % pruned" for share in sorted(shares)}
     rows = [{"rule": "dense", **dict.fromkeys(titles.values(), ""), titles[min(shares)]: dense}] if dense else []
     for name in sorted(names):
-        rows.append({"rule": name, **{titles[share]: trajectory(points.get((share, name), [])) for share in titles}})
+        rows.append(
+            {"rule": name, **{titles[share]: trajectory(points.get((share, name), []), moments) for share in titles}}
+        )
     return markdown(rows)
 
 
-def trajectory(records: list[dict]) -> str:
-    """Accuracy before -> after 1 epoch -> after retraining."""
-    *early, last = (accuracies(records, moment) for moment in MOMENTS)
+def trajectory(records: list[dict], moments: dict = MOMENTS) -> str:
+    """Accuracies one moment after the other, as before -> after 1 epoch -> after retraining."""
+    *early, last = (accuracies(records, moment) for moment in moments)
     means = [f"{np.mean(values):.1f}" if values else "?" for values in early]
     return " → ".join([*means, mean_std(last)]) if last else ""
 
 
-def differences(records: list[dict], name: str) -> str:
+def differences(records: list[dict], name: str, moments: dict = MOMENTS) -> str:
     """By how much one rule is ahead of each control at each pruned share, as a Markdown table.
 
     It is compared with what it is made of too: CMI alone, and the same ranking neither balanced nor refitted. Runs are
@@ -132,7 +140,7 @@ def differences(records: list[dict], name: str) -> str:
     for (share, control), theirs in points.items():
         if (not control.startswith("CMI") or control in parts) and (share, name) in points:
             pairs = paired(points[share, name], theirs)
-            cells = {title: difference(pairs, moment) for moment, title in MOMENTS.items()}
+            cells = {title: difference(pairs, moment) for moment, title in moments.items()}
             rows.append({f"{name}, ahead of": control, "pruned (%)": f"{share:.4g}", **cells, "n": len(pairs)})
     return markdown(rows)
 
@@ -339,6 +347,7 @@ def pages(paper: dict) -> None:
     """All that stands between the markers <!-- KIND EXPERIMENT --> of pages, after "differences" EXPERIMENT: RULE."""
     kinds = {"table": table, "groups": groups_table, "overview": overview, "differences": differences}
     kinds |= {"scoring": scoring_table, "validated": validated_table}
+    kinds |= {f"{kind}-before": partial(kinds[kind], moments=BEFORE) for kind in ("overview", "differences")}
     for page in (files.ROOT / "README.md", files.RESULTS / "README.md"):
         marks = re.findall(rf"<!-- (({'|'.join(kinds)}) ([^:\s]+)(?:: (.+))?) -->", page.read_text(encoding="utf-8"))
         for mark, kind, name, ours in marks:

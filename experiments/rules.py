@@ -29,8 +29,9 @@ def rule(record: dict) -> str:
     parts = [CRITERIA.get(criterion, criterion)]
     if scores and criterion not in CRITERIA and len(arguments.get("children_key", ())) > 1:
         parts.append("shares of CMI")
-    if scores.get("estimator", "kde") != "kde" and "CMI" in parts[-1]:
-        parts.append(scores["estimator"] + (" given kept" if scores.get("given") == "kept" else ""))
+    if "CMI" in parts[-1]:
+        estimator, given = scores.get("estimator", "kde"), " given kept" * (scores.get("given") == "kept")
+        parts += [estimator + given] * (estimator != "kde") + ["positions"] * (scores.get("sampling") == "positions")
     if not scores and file not in ("", "I_parent_cmi"):
         parts.append(file.replace("I_parent_", "scores "))  # all that is known of them
     if scores.get("grouping") == "correlation":
