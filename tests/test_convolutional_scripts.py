@@ -16,6 +16,11 @@ import pytest
 import torch
 from conftest import CONVOLUTIONAL, ENVIRONMENT, ROOT, editable, model_of, record, shell
 
+from common import parallel
+from common.activations import collect_activations, output_sensitivity
+from common.cmi import layer_cmi
+from common.data import load, sample_per_class
+
 SMALL = {"cifar10": "--Dims 2 --Batch_size 16", "imagenet": "--Dims 2 --Batch_size 4 --Workers 2"}
 TREE = {"vgg16": "cifar10", "resnet56": "cifar10", "resnet50": "imagenet"}
 PAIRS = {  # of each network two that stage 3 prunes: key_ids
@@ -44,6 +49,7 @@ def test_three_stages(photographs, tmp_path, name):
 
     children = ["--children_key", *(child for _, child in chosen)]
     prune = [*groups, "--Retrain", base / "logits_best.pkl", "--Save_dir", tmp_path / "pruned", "--Prune_per", 0.5]
+    prune += ["--Samples_per_class", 4]
     printed = shell(name, "retrain_stage3.py", *train, *prune, *children, "--upper_prune_limit", 0.6)
     assert "asked: 50.00 %" in printed
     (path,) = (tmp_path / "pruned" / "0").glob("*.pkl")
@@ -53,6 +59,40 @@ def test_three_stages(photographs, tmp_path, name):
         assert (checkpoint["state_dict"][key][~mask] == 0).all()
         assert record(path)["pruned_percent_by_layer"][key] <= 60
     assert record(path)["pruned_percent_masked_layers"] == pytest.approx(50, abs=1.6)
+    assert {"test_masked", "test_recalibrated", "test_before_retraining", "test_after_1_epoch"} < set(record(path))
+
+
+def test_positions_and_criteria_from_the_shell(photographs, tmp_path, call_in):
+    """Scores at positions are those of the windows that the layer read; Taylor blocks prune; three figures are kept."""
+    data = ["--Data_dir", photographs, *SMALL["cifar10"].split(), "--Select", "last"]
+    call_in("resnet56", "train_stage1.py", *data, "--Epoch", 1, "--Save_dir", tmp_path / "base")
+    base, model = tmp_path / "base" / "0", model_of("resnet56")
+    parent, child = model.PAIRS[19]
+    score = ["--data_dir", photographs, "--dims", 2, "--weights_dir", base, "--key_id", 19, "--samples_per_class", 10]
+    rule = ["--estimator", "gaussian", "--given", "kept", "--sampling", "positions", "--positions", 3]
+    printed = call_in("resnet56", "pruning_1b.py", *score, *rule)
+    assert "samples 60" in printed
+
+    network = model.build(2)
+    images = load("CIFAR10", photographs, val_size=0, device=torch.device("cpu"))
+    network.load_state_dict(torch.load(base / "logits_best.pkl", weights_only=True)["state_dict"])
+    network = parallel.place(network, images.device)
+    sample = images.train[sample_per_class(images.train.labels, 10, 0)]
+    parents, children = collect_activations(network, [child], sample, positions=3)[child]
+    assert parents.shape == (60, 9 * network.get_parameter(child).shape[1])
+    snr = output_sensitivity(network, [child], sample, positions=True)[child]
+    groups = np.arange(children.shape[1]), np.arange(parents.shape[1]) // 9
+    expected = layer_cmi(children, parents, *groups, estimator="gaussian", given="kept", snr=snr)
+    assert np.load(base / f"I_parent_cmi_{parent}_{child}.npy") == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+    prune = [*data, "--Epoch", 0, "--children_key", child, "--Retrain", base / "logits_best.pkl", "--Prune_per", 0.5]
+    for criterion, refit in (("cmi", "--Refit"), ("taylor", "--no-Refit")):
+        flags = [refit, "--Samples_per_class", 10, "--Criterion", criterion, "--Save_dir", tmp_path / criterion]
+        assert "% recalibrated" in call_in("resnet56", "retrain_stage3.py", *prune, *flags)
+        (path,) = (tmp_path / criterion / "0").glob("*.json")
+        figures = record(path)
+        assert figures["test"] == figures["test_before_retraining"]
+        assert (figures["test_masked"] == figures["test_before_retraining"]) == (criterion == "taylor")
 
 
 @pytest.mark.slow
