@@ -38,16 +38,17 @@ from common.training import OPTIMIZERS, SCHEDULES, set_dropout
 def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], float]:
     """An argparse type: a finite number from `low` (or above it) to `high`."""
 
+    most = f" and at most {high:g}" if high != float("inf") else ""
+    name = {int: "a whole number", float: "a number"}[kind]
+    legal = f"{name} {'above' if above else 'at least'} {low:g}{most}"
+
     def parse(text: str):
-        most = f" and at most {high:g}" if high != float("inf") else ""
-        legal = f"{'above' if above else 'at least'} {low:g}{most}"
-        name = {int: "a whole number", float: "a number"}[kind]
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {legal}") from None
-        if not (low < value or (value == low and not above)) or not value <= high or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not {name} {legal}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {legal}") from None
+        if not low <= value <= high or (above and value == low) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not {legal}")
         return value
 
     return parse
@@ -94,14 +95,9 @@ MOST = 2**31 - 1
 COUNT, SHARE, INDEX = number(int, 1, MOST), number(float, 0, 1), number(int, 0, MOST)
 POSITIVE = number(float, 0, above=True)
 CORES = joblib.cpu_count()  # that this process may use
-MANY, GPU = {"nargs": "+"}, "number of the CUDA GPU to use, if there is any; under torchrun each process has its own"
+MANY = {"nargs": "+"}
 BY_LAYER = "one for all pairs, or one per pair (default: model.py's, by layer)"
-CLASSES = (
-    "names of the classes to use the images of; labels and outputs stay those of the whole data set (default: all)"
-)
-SKIP = "leave out image files that cannot be read, naming them"
 GO_ON = "the same command goes on from what is written"
-DATA_DIR = {"type": folder, "default": ROOT / "data", "help": "where data sets lie, and are downloaded to if absent"}
 SWITCH, ON = {"action": Switch}, {"action": "store_true"}
 
 
@@ -110,21 +106,24 @@ def _flag(stages: str, kind, help_: str, default=None, **options) -> dict:
     return {"stages": stages, **({} if kind is None else typed), "help": help_, "default": default, **options}
 
 
+def _everywhere(name: str, *flag, **options) -> dict:
+    """A flag that stage 2 spells in lower case."""
+    return {name: _flag("13", *flag, **options), name.lower(): _flag("2", *flag, **options)}
+
+
 EVERYDAY = {
     "Save_dir": _flag("13", results_path, "the runs go to SAVE_DIR/0, SAVE_DIR/1, ..."),
     "Epoch": _flag("13", COUNT, "epochs"),
     "Batch_size": _flag("13", COUNT, "images per step, over all processes"),
     "Lr": _flag("13", POSITIVE, "learning rate; with --Schedule one-cycle its peak"),
-    "Dataset": _flag("13", DATASETS, "data set"),
-    "Data_dir": {"stages": "13", **DATA_DIR},
+    **_everywhere("Dataset", DATASETS, "data set"),
+    **_everywhere("Data_dir", folder, "where data sets lie, and are downloaded to if absent", ROOT / "data"),
     "Seed": _flag("13", INDEX, "seed of the first run", 0),
     "Expt_rerun": _flag("13", COUNT, "number of runs, with seeds SEED, SEED + 1, ...", 1),
     "Select": _flag("13", ("val", "last", "test"), "epoch kept: best on held-out images, last, best on test", "val"),
     "key_id": _flag("23", INDEX, "from 0, stage 2: the pair of PAIRS, or 'all'; stage 3: the share of the grid"),
     "weights_dir": _flag("2", results_path, "where the checkpoint lies and the scores go"),
     "name_postfix": _flag("2", plain_name, "tells score files of one directory apart", "cmi"),
-    "dataset": _flag("2", DATASETS, "data set"),
-    "data_dir": {"stages": "2", **DATA_DIR},
     "samples_per_class": _flag("2", COUNT, "training images of each class to score with"),
     "estimator": _flag("2", tuple(ESTIMATORS), "estimator of the conditional mutual information", "kde"),
     "cores": _flag("2", COUNT, "parallel workers", CORES),
@@ -177,20 +176,15 @@ RECIPE = {
 }
 DATA = {
     "Val_size": _flag("13", INDEX, "training images held out to choose the best epoch by"),
-    "Classes": _flag("13", None, CLASSES, **MANY),
-    "classes": _flag("2", None, CLASSES, **MANY),
-    "Skip_unreadable": _flag("13", None, SKIP, **ON),
-    "skip_unreadable": _flag("2", None, SKIP, **ON),
+    **_everywhere("Classes", None, "use images of these classes only; labels and outputs stay (default: all)", **MANY),
+    **_everywhere("Skip_unreadable", None, "leave out image files that cannot be read, naming them", **ON),
     "seed": _flag("2", INDEX, "seed of the drawn images", 0),
     "weights_file": _flag("2", plain_name, "name of the checkpoint (default: logits_best.pkl)"),
-    "Dims": _flag("13", COUNT, "number of classes"),
-    "dims": _flag("2", COUNT, "number of classes"),
-    "Model": _flag("13", None, "the network of this folder"),
-    "model": _flag("2", None, "the network of this folder"),
+    **_everywhere("Dims", COUNT, "number of classes"),
+    **_everywhere("Model", None, "the network of this folder"),
 }
 MACHINE = {
-    "Device_ids": _flag("13", INDEX, GPU, [0], **MANY),
-    "device_ids": _flag("2", INDEX, GPU, [0], **MANY),
+    **_everywhere("Device_ids", INDEX, "the CUDA GPU, if there is any; torchrun gives each its own", [0], **MANY),
     "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (default: cpu)"),
     "Workers": _flag("13", number(int, 0, 1024), "processes that read images that are not in memory", min(8, CORES)),
     "Amp": _flag("13", None, "train in bfloat16 where safe (default: on GPUs that have it)", **SWITCH),
@@ -239,15 +233,6 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
     args.stage, args.code = stage, records.code_of(Path(script).resolve())
     {1: _check_training, 2: _check_scoring, 3: _check_pruning}[stage](args, model)
     return args
-
-
-def _check_batch_size(args: argparse.Namespace, model: ModuleType) -> None:
-    """Every process trains on an image at least, and batch norm on two."""
-    normed = any(isinstance(module, _BatchNorm) for module in model.build(args.Dims).modules())
-    least = parallel.size() * (2 if normed else 1)
-    if args.Batch_size < least:
-        why = "batch norm needs two images" if normed else "there is to be one image"
-        raise InputError(f"--Batch_size {args.Batch_size}: {why} for each process; legal: {least} or more")
 
 
 _stage = "1"  # of the script that runs: whose flags errors speak of
@@ -319,8 +304,10 @@ def _check_training(args: argparse.Namespace, model: ModuleType) -> None:
         raise InputError("--Weights and --Init: the one trains nothing, the other starts a training; give one")
     if args.stage == 1 and args.Weights:
         args.Epoch = 0
-    if args.Epoch and args.Batch_size < 2 * parallel.size():
-        _check_batch_size(args, model)
+    few = args.Epoch and args.Batch_size < (least := 2 * parallel.size())
+    if few and any(isinstance(module, _BatchNorm) for module in model.build(args.Dims).modules()):
+        why = "batch norm needs two images for each process"
+        raise InputError(f"--Batch_size {args.Batch_size}: {why}; legal: {least} or more")
 
 
 def _check_scoring(args: argparse.Namespace, model: ModuleType) -> None:
