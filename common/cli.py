@@ -203,9 +203,8 @@ AS_EVER = {"Schedule": "steps", "Warm_up": 0.3, "Label_smoothing": 0.0}
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        meant = [
-            name for name in FLAGS if f"--{name}".lower() in message.lower().split() and _stage in FLAGS[name]["stages"]
-        ]
+        words = message.lower().split()
+        meant = [name for name, flag in FLAGS.items() if f"--{name}".lower() in words and _stage in flag["stages"]]
         hint = f"; meant --{meant[0]}?" if message.startswith("unrecognized") and meant else ""
         self.exit(2, f"{self.prog}: error: {message}{hint}\n")
 
@@ -311,8 +310,7 @@ def _check_training(args: argparse.Namespace, model: ModuleType) -> None:
 
 
 def _check_scoring(args: argparse.Namespace, model: ModuleType) -> None:
-    every = range(len(model.PAIRS))
-    args.key_ids = list(every) if args.key_id == "all" else [in_range(args.key_id, model.PAIRS)]
+    args.key_ids = range(len(model.PAIRS)) if args.key_id == "all" else [in_range(args.key_id, model.PAIRS)]
     resolve_groups(args, [model.PAIRS[k][1] for k in args.key_ids], model.GROUPS)
     scoring_options(args)
 
@@ -320,7 +318,7 @@ def _check_scoring(args: argparse.Namespace, model: ModuleType) -> None:
 def _check_pruning(args: argparse.Namespace, model: ModuleType) -> None:
     _check_training(args, model)
     pruned_share(args)
-    resolve_pairs(args, model.PAIRS, model.GROUPS, model.MAX_SPARSITY)
+    resolve_pairs(args, model)
     if args.Save_dir in args.Retrain.parents[:2]:
         where = display_path(args.Save_dir)
         raise InputError(f"--Save_dir {where} holds the checkpoint that is pruned; name another directory")
@@ -359,8 +357,7 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None = None) -> Data:
     for name, now in trained_on(data).items():
         before = (checkpoint or {}).get(name, now)
         if before != now:
-            trained = f"the checkpoint was trained with {_shown(before)}"
-            raise InputError(f"`{name}` {_shown(now)}: {trained}; use the same")
+            raise InputError(f"`{name}` {_shown(now)}: the checkpoint was trained with {_shown(before)}; use the same")
     chooses = {"val": data.val, "last": None, "test": data.test}
     return replace(data, selection=chooses[args.Select]) if args.stage != 2 else data
 
@@ -474,8 +471,8 @@ def pruning_plan(
     last, within = output_layer(network, images.train), Mask.of_checkpoint(checkpoint, network)
     run_order(network, args.children_key, images.train)  # refuses what cannot be pruned
     _note_other_code(args, args.Retrain)
-    families, blocks, scores, paths, made = score_families(args), {}, {}, [], {}
-    made_of = records.checksums(args.Retrain)
+    families, made_of = score_families(args), records.checksums(args.Retrain)
+    blocks, scores, paths, made = {}, {} if families else None, [], {}
     asked = zip(args.parent_key, args.children_key, args.parent_clusters, args.children_clusters, strict=True)
     for parent, child, *groups in asked:
         blocks[child] = contiguous_blocks(network, child, *groups, last)
@@ -488,30 +485,27 @@ def pruning_plan(
     if made:
         how = ("estimator", "given", "grouping", "samples_per_class")
         known["scores"] = {flag: made["arguments"][flag] for flag in how if made["arguments"].get(flag)}
-    scores = scores if families else None
     like = None if args.Criterion.startswith("cmi") else scores
     return Plan(blocks, scores, like, sparsity, args.upper_prune_limit, within, known)
 
 
 def score_families(args: argparse.Namespace) -> list[Path]:
     """The families of score and label files that stage 3 reads; none for the controls unless they are named."""
-    mask = args.Retrain_mask
-    if mask is None:
-        if not args.Criterion.startswith("cmi"):
-            return []
-        mask = args.Retrain.with_name("I_parent_cmi.npy")
+    if args.Retrain_mask is None and not args.Criterion.startswith("cmi"):
+        return []
+    mask = args.Retrain_mask or args.Retrain.with_name("I_parent_cmi.npy")
     mask, *labels = (_family(args, path) for path in (mask, args.Labels_file, args.Labels_children_file))
-    if not (mask.name.startswith("I_parent_") and mask.name.endswith(".npy")):
+    named = re.fullmatch(r"I_parent_(.*)\.npy", mask.name)
+    if named is None:
         raise InputError(f"--Retrain_mask {mask.name}: must be I_parent_<postfix>.npy, as stage 2 names scores")
-    beside = artifacts.score_paths(mask.parent, mask.name.removeprefix("I_parent_").removesuffix(".npy"))
+    beside = artifacts.score_paths(mask.parent, named[1])
     return [mask, labels[0] or beside[1], labels[1] or beside[2]]
 
 
 def _family(args: argparse.Namespace, path: Path | None) -> Path | None:
     """The family of a path that may name the file of one layer pair."""
     for parent, child in zip(args.parent_key, args.children_key, strict=True):
-        if path and path.name.endswith(f"_{parent}_{child}.npy"):
-            return path.with_name(path.name.removesuffix(f"_{parent}_{child}.npy") + ".npy")
+        path = path and path.with_name(path.name.replace(f"_{parent}_{child}.npy", ".npy"))
     return path
 
 
@@ -538,29 +532,28 @@ def pruned_share(args: argparse.Namespace) -> float:
     return grid[in_range(args.key_id, grid)]
 
 
-def resolve_pairs(args: argparse.Namespace, pairs: list[tuple[str, str]], groups: dict, max_sparsity: dict) -> None:
+def resolve_pairs(args: argparse.Namespace, model: ModuleType) -> None:
     """Put the layer pairs that stage 3 prunes, their numbers of groups and their limits into the arguments."""
-    args.children_key = args.children_key or list(max_sparsity)
-    parents = {child: parent for parent, child in pairs}
+    args.children_key = args.children_key or list(model.MAX_SPARSITY)
+    parents = {child: parent for parent, child in model.PAIRS}
     args.parent_key = args.parent_key or [parents.get(child, "?") for child in args.children_key]
     if len(args.parent_key) != len(args.children_key):
         counts = f"--parent_key has {len(args.parent_key)} values, --children_key {len(args.children_key)}"
         raise InputError(f"{counts}: give pairs")
     for pair in zip(args.parent_key, args.children_key, strict=True):
-        if pair not in pairs:
-            raise InputError(f"--parent_key {pair[0]} --children_key {pair[1]} is no layer pair; legal: {_list(pairs)}")
+        if pair not in model.PAIRS:
+            pairs = _list(model.PAIRS)
+            raise InputError(f"--parent_key {pair[0]} --children_key {pair[1]} is no layer pair; legal: {pairs}")
     if len(set(args.children_key)) < len(args.children_key):
         raise InputError("--children_key names a layer twice")
-    resolve_groups(args, args.children_key, groups)
-    limits = args.upper_prune_limit or [max_sparsity.get(child, 1.0) for child in args.children_key]
-    args.upper_prune_limit = one_per_pair("upper_prune_limit", limits, len(args.children_key))
+    resolve_groups(args, args.children_key, model.GROUPS)
+    one_per_pair(args, "upper_prune_limit", [model.MAX_SPARSITY.get(child, 1.0) for child in args.children_key])
 
 
 def resolve_groups(args: argparse.Namespace, children: list[str], groups: dict[str, tuple[int, int]]) -> None:
     """Put numbers of groups, one per child layer, into the arguments."""
     for k, flag in enumerate(("parent_clusters", "children_clusters")):
-        given = getattr(args, flag) or [groups[child][k] for child in children]
-        setattr(args, flag, one_per_pair(flag, given, len(children)))
+        one_per_pair(args, flag, [groups[child][k] for child in children])
 
 
 def in_range(index: int, choices: list) -> int:
@@ -570,11 +563,12 @@ def in_range(index: int, choices: list) -> int:
     return index
 
 
-def one_per_pair(flag: str, values: list, pairs: int) -> list:
-    """A list with one value per layer pair; a single value stands for all."""
+def one_per_pair(args: argparse.Namespace, flag: str, default: list) -> None:
+    """Put one value per layer pair into the arguments, as many as by default; a single value stands for all."""
+    values, pairs = getattr(args, flag) or default, len(default)
     if len(values) not in (1, pairs):
         raise InputError(f"--{flag} has {len(values)} values for {pairs} layer pairs; give 1 or {pairs}")
-    return values * pairs if len(values) == 1 else values
+    setattr(args, flag, values * pairs if len(values) == 1 else values)
 
 
 def choose_device(index: int) -> torch.device:
