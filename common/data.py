@@ -121,9 +121,8 @@ class FileSplit:
         )
         for batch, rows, (images, errors) in zip(batches, parts, loader, strict=True):
             together = len(batch)
-            if errors:
-                unreadable(errors, self.skip)
-                rows = rows[[k for k in range(len(rows)) if k not in errors]]
+            unreadable(errors, self.skip)
+            rows = rows[[k for k in range(len(rows)) if k not in errors]]
             if self.skip:  # all processes leave out the same batches, so that none waits for another
                 enough = seed is None or len(rows) >= min(2, together // parallel.size())
                 together, able = map(int, parallel.total(*torch.tensor([len(rows), enough], device=device)))

@@ -45,7 +45,7 @@ class Source:
     fingerprint: str = ""
 
 
-def _idx_files(folder: Path, name: str, skip: bool) -> Source:
+def _mnist(folder: Path, name: str, skip: bool) -> Source:
     """MNIST and its relatives; torchvision downloads and unpacks what is absent."""
     raw = folder / name / "raw"
     paths = [raw / f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -63,11 +63,10 @@ def _idx(path: Path, *shape: int) -> Tensor:
     """Bytes in MNIST's format: two zeros, the type 8, the rank, the sizes in four bytes each, the values."""
     try:
         content, rank = path.read_bytes(), 1 + len(shape)
+        if content[:2] == b"\x1f\x8b":
+            raise ValueError("it is packed by gzip: unpack it")
         if content[:4] != bytes([0, 0, 8, rank]):
-            what = (
-                "is packed by gzip: unpack it" if content[:2] == b"\x1f\x8b" else f"has not {rank} dimensions of bytes"
-            )
-            raise ValueError(f"it {what}")
+            raise ValueError(f"it has not {rank} dimensions of bytes")
         sizes = np.frombuffer(content, ">u4", rank, 4).tolist()
         if sizes[1:] != list(shape):
             raise ValueError(f"its images are {sizes[1:]}, not {list(shape)}")
@@ -127,13 +126,7 @@ def _imagenet(folder: Path, name: str, skip: bool) -> Source:
     return Source(*parts, classes, natural=True, fingerprint=digest.hexdigest())
 
 
-DATASETS = {
-    "MNIST": _idx_files,
-    "FashionMNIST": _idx_files,
-    "CIFAR10": _cifar10,
-    "ImageNet": _imagenet,
-    "DIGITS": _digits,
-}
+DATASETS = {"MNIST": _mnist, "FashionMNIST": _mnist, "CIFAR10": _cifar10, "ImageNet": _imagenet, "DIGITS": _digits}
 
 
 def _downloaded(folder: Path, name: str, where: Path, remedy: str):
@@ -216,9 +209,8 @@ def _small_images(root: Path, skip: bool) -> Source:
         read = [k for k in range(len(paths)) if k not in errors]
         pixels = np.array([decoded[k] for k in read], np.uint8).reshape(-1, 3, 32, 32)
         labels, border = labels[read], sum(k < border for k in read)
-        if errors:
-            unreadable(errors, skip)
-        else:
+        unreadable(errors, skip)
+        if not errors:
             with contextlib.suppress(OSError):  # a folder that cannot be written to costs the decoding every time
                 records.save({cache: artifacts.array_bytes(pixels)}, {"listing": listing})
     images = torch.from_numpy(pixels)
@@ -238,9 +230,9 @@ def _pixels(path: str) -> np.ndarray | str:
 
 def unreadable(errors: dict[int, str], skip: bool) -> None:
     """Say which image files were left out, or refuse them."""
-    if not skip:
-        raise InputError(f"{next(iter(errors.values()))}; `skip_unreadable` leaves such files out")
     for error in errors.values():
+        if not skip:
+            raise InputError(f"{error}; `skip_unreadable` leaves such files out")
         print(f"left out: {error}", file=sys.stderr)
 
 
