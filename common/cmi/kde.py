@@ -62,13 +62,10 @@ def scores(
     start: tuple[int, np.ndarray] | None = None,
     on_rows: Callable[[int, np.ndarray], None] | None = None,
 ) -> np.ndarray:
-    """Leave-one-out KDE scores of all pairs; see `common.cmi.layer_cmi` for their meaning.
+    """Leave-one-out KDE scores of all pairs; see `common.cmi.layer_cmi`. Nothing is random: `seed` is not used.
 
     Parameters
     ----------
-    layer : the samples and groups
-    n_jobs : parallel workers
-    seed : not used; the estimate is deterministic
     width : factor of `widths`, from 1e-6 to 1e6
     precision : "double", or "single" at less than half the cost
     device : where the tensors live; on a GPU there is one worker, and results differ from the CPU's by rounding
