@@ -110,9 +110,7 @@ def _plain_names(checkpoint):
 def _load(content: bytes, path: Path, what: str, remedy: str):
     """What torch.save wrote: tensors and plain values, and nothing that unpacks to more than the file."""
     if torch.__version__ < SAFE_TORCH:
-        raise InputError(
-            f"torch {torch.__version__} may execute code in files that it reads; install {SAFE_TORCH} or newer"
-        )
+        raise InputError(f"torch {torch.__version__} may execute code in what it reads; install {SAFE_TORCH} or newer")
     try:
         if zipfile.is_zipfile(io.BytesIO(content)):
             with zipfile.ZipFile(io.BytesIO(content)) as file:

@@ -266,10 +266,8 @@ def sample_per_class(labels: Tensor, count: int, seed: int) -> Tensor:
     values = labels.cpu().numpy()
     classes, sizes = np.unique(values, return_counts=True)
     if count > sizes.min():
-        raise InputError(
-            f"`samples_per_class` {count}: class {classes[sizes.argmin()]} of the training split has {sizes.min()} "
-            f"images; legal: 1 to {sizes.min()}"
-        )
+        has = f"class {classes[sizes.argmin()]} of the training split has {sizes.min()} images"
+        raise InputError(f"`samples_per_class` {count}: {has}; legal: 1 to {sizes.min()}")
     rows = [rng.choice(np.flatnonzero(values == c), count, replace=False) for c in classes]
     return torch.from_numpy(rng.permutation(np.concatenate(rows)))
 
@@ -303,17 +301,16 @@ def load(
     """
     source = DATASETS[name](Path(folder).absolute(), name, skip)
     digest = source.fingerprint or _fingerprint(source)
-    (train_x, train_y), (test_x, test_y) = (
-        _only(part, source.classes, classes) for part in (source.train, source.test)
-    )
-    if not len(train_y) or not len(test_y):
-        raise InputError(f"`dataset` {name}: the {'test' if len(train_y) else 'training'} set has no images")
-    train_rows, val_rows = _hold_out(train_y.numpy(), val_size)
-    if isinstance(train_x, np.ndarray):
-        whole, test = (FileSplit(x, y.to(device), workers, skip) for x, y in ((train_x, train_y), (test_x, test_y)))
+    parts = [_only(part, source.classes, classes) for part in (source.train, source.test)]
+    (images, labels), (_, tested) = parts
+    if not len(labels) or not len(tested):
+        raise InputError(f"`dataset` {name}: the {'test' if len(labels) else 'training'} set has no images")
+    train_rows, val_rows = _hold_out(labels.numpy(), val_size)
+    if isinstance(images, np.ndarray):
+        whole, test = (FileSplit(x, y.to(device), workers, skip) for x, y in parts)
     else:
-        scale = _mean_and_std(train_x[train_rows], device) if source.natural else (None, None)
-        whole, test = (Split(x.to(device), y.to(device), *scale) for x, y in ((train_x, train_y), (test_x, test_y)))
+        scale = _mean_and_std(images[train_rows], device) if source.natural else (None, None)
+        whole, test = (Split(x.to(device), y.to(device), *scale) for x, y in parts)
     chosen = tuple(classes) if classes else None
     return Data(name, whole[train_rows], whole[val_rows], test, len(source.classes), chosen, digest)
 
