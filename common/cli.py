@@ -73,11 +73,6 @@ def plain_name(text: str) -> str:
     return text
 
 
-def key_id_or_all(text: str) -> int | str:
-    """An argparse type: an index from 0, or "all"."""
-    return text if text == "all" else INDEX(text)
-
-
 def weights_source(text: str) -> Path | str:
     """An argparse type: a path as `results_path`, or "torchvision"."""
     return text if text == "torchvision" else results_path(text)
@@ -225,10 +220,10 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
     if stage == 2 and parallel.size() > 1:
         raise InputError("stage 2 is one process that uses all cores (--cores); start it without torchrun")
     gpus, classes = ("device_ids", "classes") if stage == 2 else ("Device_ids", "Classes")
-    if len(getattr(args, gpus)) > 1:
-        raise InputError(f"--{gpus} {_shown(getattr(args, gpus))}: one GPU a process; for several use torchrun")
-    setattr(args, gpus, getattr(args, gpus)[0])
-    setattr(args, classes, getattr(args, classes) and list(dict.fromkeys(getattr(args, classes))))
+    given = vars(args)
+    if len(given[gpus]) > 1:
+        raise InputError(f"--{gpus} {_shown(given[gpus])}: one GPU a process; for several use torchrun")
+    given[gpus], given[classes] = given[gpus][0], given[classes] and list(dict.fromkeys(given[classes]))
     args.stage, args.code = stage, records.code_of(Path(script).resolve())
     {1: _check_training, 2: _check_scoring, 3: _check_pruning}[stage](args, model)
     return args
@@ -273,7 +268,7 @@ def _options(name: str, flag: dict, defaults: dict) -> dict:
     if name in ("Model", "model"):
         options["choices"] = (options["default"],)
     if name == "key_id" and _stage == "2":
-        options |= {"required": True, "type": key_id_or_all}
+        options |= {"required": True, "type": lambda text: text if text == "all" else INDEX(text)}
     if name == "Epoch" and _stage == "3":
         options["type"] = INDEX  # none: the pruned network as it is
     if options.get("type") is results_path and options["default"] is not None:
@@ -480,7 +475,13 @@ def pruning_plan(
             remedy = f"run pruning_1b.py --key_id {model.PAIRS.index((parent, child))} with the same groups first"
             paths += [artifacts.score_path(family, parent, child) for family in families]
             scores[child], blocks[child], made = scoring.load(paths[-3:], blocks[child], remedy, made_of)
-    sparsity = share_of_masked(args, pruned_share(args), network, blocks)
+    sparsity = pruned_share(args)
+    if args.Prune_of_network:
+        weights, masked = weight_count(network), sum(b.weights.sum() for b in blocks.values())
+        if sparsity * weights > masked:
+            held = f"the masked layers hold {100 * masked / weights:.2f} %"
+            raise InputError(f"{100 * sparsity:g} % of the network: {held}")
+        sparsity = float(sparsity * weights / masked)
     known = {"inputs": records.checksums(args.Retrain, *paths), "requested_percent": 100 * sparsity}
     if made:
         how = ("estimator", "given", "grouping", "samples_per_class")
@@ -507,16 +508,6 @@ def _family(args: argparse.Namespace, path: Path | None) -> Path | None:
     for parent, child in zip(args.parent_key, args.children_key, strict=True):
         path = path and path.with_name(path.name.replace(f"_{parent}_{child}.npy", ".npy"))
     return path
-
-
-def share_of_masked(args: argparse.Namespace, share: float, network: nn.Module, blocks: dict[str, Blocks]) -> float:
-    """The pruned share of the masked layers: the one asked for, which may be of all weights."""
-    if not args.Prune_of_network:
-        return share
-    weights, masked = weight_count(network), sum(b.weights.sum() for b in blocks.values())
-    if share * weights > masked:
-        raise InputError(f"{100 * share:g} % of the network: the masked layers hold {100 * masked / weights:.2f} %")
-    return float(share * weights / masked)
 
 
 def pruned_share(args: argparse.Namespace) -> float:
@@ -587,29 +578,28 @@ def choose_device(index: int) -> torch.device:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: one line and exit code 2 for unusable input or means, 1 for diverged training, 130 for Ctrl-C."""
-    name = Path(sys.argv[0]).name
     sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal cannot show
     try:
         with parallel.processes():
             main()
     except InputError as error:
-        sys.exit(_say(name, error, 2))
+        sys.exit(_say(error, 2))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_say(name, f"{where}{error.strerror or reason(error)}; {GO_ON}", 2))
+        sys.exit(_say(f"{where}{error.strerror or reason(error)}; {GO_ON}", 2))
     except (MemoryError, RuntimeError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            sys.exit(_say(name, f"--Compile: torch.compile fails here ({reason(error)}); leave it out", 2))
+            sys.exit(_say(f"--Compile: torch.compile fails here ({reason(error)}); leave it out", 2))
         if parallel.size() > 1 and "by peer" in str(error):
-            sys.exit(_say(name, "another process ended early and says why", 2))
+            sys.exit(_say("another process ended early and says why", 2))
         if not out_of_memory(error):
             raise
         less = "fewer `cores`, fewer `samples_per_class`" if _stage == "2" else "a smaller `batch_size`"
-        sys.exit(_say(name, f"not enough memory ({reason(error)}); {less}; {GO_ON}", 2))
+        sys.exit(_say(f"not enough memory ({reason(error)}); {less}; {GO_ON}", 2))
     except Diverged as error:
-        sys.exit(_say(name, error, 1))
+        sys.exit(_say(error, 1))
     except KeyboardInterrupt:
-        _say(name, f"interrupted; {GO_ON}", 130)
+        _say(f"interrupted; {GO_ON}", 130)
         sys.stdout.flush()
         os._exit(130)  # at once: workers that are still at it would abort Python's own way out
 
@@ -619,9 +609,9 @@ def _list(choices: list) -> str:
     return ", ".join(f"{i}: {_shown(c)}" for i, c in enumerate(choices))
 
 
-def _say(name: str, error, code: int) -> int:
+def _say(error, code: int) -> int:
     if parallel.is_first(str(error)):
-        print(f"{name}: error: {in_flags(str(error))}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {in_flags(str(error))}", file=sys.stderr)
     return code
 
 

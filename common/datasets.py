@@ -277,8 +277,6 @@ def torchvision():
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-        for partial in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[partial]
         schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         for operator in ("nms", "qnms"):
             torch.library.define(f"torchvision::{operator}", schema)

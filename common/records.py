@@ -137,18 +137,12 @@ def common_hash() -> str:
 def syntax_hash(path: Path) -> str:
     """SHA-256 of the code in a file without comments, docstrings, layout and the tables of flags' defaults."""
     tree = ast.parse(path.read_bytes())
-    tree.body = [node for node in tree.body if not _targets(node) & DEFAULTS]
+    tree.body = [node for node in tree.body if ast.unparse(node).split(maxsplit=1)[0].rstrip(":") not in DEFAULTS]
     for node in ast.walk(tree):
         match getattr(node, "body", None):
             case [ast.Expr(value=ast.Constant() as docstring), *_]:
                 docstring.value = ""
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
-
-
-def _targets(node: ast.AST) -> set[str]:
-    """The names that a statement assigns to."""
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def environment(device: torch.device) -> dict:
