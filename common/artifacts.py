@@ -130,10 +130,9 @@ def load_weights(network: torch.nn.Module, path: Path) -> dict:
 
 def load_state_dict(network: torch.nn.Module, state: dict[str, torch.Tensor], source) -> None:
     """Load weights that have exactly the network's names and shapes; counters of batch norm may be absent."""
-    counters = {k: v for k, v in network.state_dict().items() if k.endswith(".num_batches_tracked")}
-    state = {**{k: v for k, v in counters.items() if k not in state}, **state}
-    expected = {k: tuple(v.shape) for k, v in network.state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in state.items()}
+    own = network.state_dict()
+    state = {**{k: v for k, v in own.items() if k.endswith(".num_batches_tracked")}, **state}
+    expected, found = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (own, state))
     if expected != found:
         key = next(k for k in (*expected, *found) if expected.get(k) != found.get(k))
         there, here = found.get(key, "absent"), expected.get(key, "absent")

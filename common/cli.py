@@ -144,11 +144,7 @@ PRUNING = {
     "Labels_file": _flag("3", results_path, "DIR/Labels_<postfix>.npy (default: beside the scores)"),
     "Labels_children_file": _flag("3", results_path, "DIR/Labels_children_<postfix>.npy (default: beside the scores)"),
     "given": _flag("2", ("rest", "kept"), "gaussian: given all other parents (default), or those not yet pruned"),
-    "width": _flag(
-        "2",
-        number(float, 1e-6, 1e6),
-        f"kde: kernel width in square roots of the number of parent units (default: {kde.WIDTH})",
-    ),
+    "width": _flag("2", number(float, 1e-6, 1e6), f"kde: kernel width / sqrt(parent units) (default: {kde.WIDTH})"),
     "precision": _flag("2", tuple(kde.PRECISIONS), "kde: arithmetic of the scores (default: single)"),
     "split_half": _flag("2", None, "also score two halves of the images; report their agreement", **ON),
     "bootstrap": _flag("2", number(int, 2), "also standard errors of the scores, from so many halves of the images"),
@@ -158,9 +154,7 @@ RECIPE = {
     "Opt": _flag("13", OPTIMIZERS, "optimizer; sgd has momentum 0.9"),
     "Nesterov": _flag("13", None, "Nesterov momentum", **SWITCH),
     "Weight_decay": _flag("13", number(float, 0), "weight decay"),
-    "Schedule": _flag(
-        "13", SCHEDULES, "learning rate: falls at MILESTONES; along a cosine to 0; up from LR/25, then to 0", "steps"
-    ),
+    "Schedule": _flag("13", SCHEDULES, "rate: falls at MILESTONES; a cosine to 0; up from LR/25, then to 0", "steps"),
     "Milestones": _flag("13", COUNT, "epochs after which the learning rate is multiplied by GAMMA", nargs="*"),
     "Gamma": _flag("13", POSITIVE, "factor of the learning rate at the milestones"),
     "Warm_up": _flag("13", SHARE, "one-cycle: share of the epochs in which the learning rate rises", 0.3),
