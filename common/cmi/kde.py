@@ -204,10 +204,8 @@ class _Kernels:
 
         Each kernel's largest exponent is moved to 0; children of which a sum still vanishes are summed in logarithms.
         """
-        exponents = self._exponents(self._whole(row), row, slice(0, self.n))
-        rests, kids = (
-            e[: k + 1, 0].double() for e, k in zip(exponents, (self.n_parents, self.n_children), strict=True)
-        )
+        rests, kids = self._exponents(self._whole(row), row, slice(0, self.n))
+        rests, kids = rests[: self.n_parents + 1, 0].double(), kids[: self.n_children + 1, 0].double()
         rests, kids = (e - e.amax(1, keepdim=True) for e in (rests, kids))
         sums = kids.exp2() @ rests.exp2().T
         logs = sums.log2()
