@@ -165,7 +165,7 @@ RECIPE = {
 }
 DATA = {
     "Val_size": _flag("13", INDEX, "training images held out to choose the best epoch by"),
-    **_everywhere("Classes", None, "use images of these classes only; labels and outputs stay (default: all)", **MANY),
+    **_everywhere("Classes", None, "images of these classes only; outputs stay those of all (default: all)", **MANY),
     **_everywhere("Skip_unreadable", None, "leave out image files that cannot be read, naming them", **ON),
     "seed": _flag("2", INDEX, "seed of the drawn images", 0),
     "weights_file": _flag("2", plain_name, "name of the checkpoint (default: logits_best.pkl)"),
@@ -173,7 +173,7 @@ DATA = {
     **_everywhere("Model", None, "the network of this folder"),
 }
 MACHINE = {
-    **_everywhere("Device_ids", INDEX, "the CUDA GPU, if there is any; torchrun gives each its own", [0], **MANY),
+    **_everywhere("Device_ids", INDEX, "number of the CUDA GPU, if any; under torchrun by process", [0], **MANY),
     "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (default: cpu)"),
     "Workers": _flag("13", number(int, 0, 1024), "processes that read images that are not in memory", min(8, CORES)),
     "Amp": _flag("13", None, "train in bfloat16 where safe (default: on GPUs that have it)", **SWITCH),

@@ -28,16 +28,11 @@ EVALUATED_PIXELS = 2**20  # in one batch of an evaluation
 
 @dataclass(frozen=True)
 class Split:
-    """Images (n, channels, height, width) uint8 and labels (n,) int64, on one device.
+    """Images and their labels, on one device."""
 
-    Attributes
-    ----------
-    mean, std : (channels, 1, 1) of images in [0, 1], to normalise by; None: batches are in [0, 1]
-    """
-
-    images: Tensor
-    labels: Tensor
-    mean: Tensor | None = None
+    images: Tensor  # (n, channels, height, width) uint8
+    labels: Tensor  # (n,) int64
+    mean: Tensor | None = None  # (channels, 1, 1) of images in [0, 1], to normalise by; None: batches are in [0, 1]
     std: Tensor | None = None
 
     def __len__(self) -> int:
@@ -75,15 +70,12 @@ class Split:
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Image files (n,) and labels (n,) int64 on the device; worker processes decode ahead of the training.
+    """Image files and their labels; worker processes decode ahead of the training."""
 
-    `skip` leaves files that cannot be read out of their batches, where they are otherwise an InputError.
-    """
-
-    paths: np.ndarray
-    labels: Tensor
+    paths: np.ndarray  # (n,)
+    labels: Tensor  # (n,) int64, on the device
     workers: int
-    skip: bool = False
+    skip: bool = False  # leave files that cannot be read out of their batches, where they are otherwise an InputError
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -179,24 +171,16 @@ def _to_train_on(order: Tensor, batch_size: int) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set in three disjoint splits.
-
-    Attributes
-    ----------
-    classes : number of classes of the whole data set, so of a network's outputs
-    chosen : names of the classes whose images are used, if not all
-    selection : what chooses the epoch that is kept; None: nothing, it is the last one
-    fingerprint : SHA-256 of all images and labels; of images that are read as needed, see `datasets`
-    """
+    """A data set in three disjoint splits."""
 
     name: str
     train: Split | FileSplit
     val: Split | FileSplit
     test: Split | FileSplit
-    classes: int
-    chosen: tuple[str, ...] | None
-    fingerprint: str
-    selection: Split | FileSplit | None = None
+    classes: int  # of the whole data set, so of a network's outputs
+    chosen: tuple[str, ...] | None  # names of the classes whose images are used, if not all
+    fingerprint: str  # SHA-256 of all images and labels; of images that are read as needed, see `datasets`
+    selection: Split | FileSplit | None = None  # chooses the epoch that is kept; None: nothing, it is the last one
 
     @property
     def device(self) -> torch.device:

@@ -29,20 +29,14 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a file
 class Source:
     """A data set as it lies on disk.
 
-    Attributes
-    ----------
-    train, test : images and their labels (n,); images are a uint8 tensor (n, channels, height, width), or an array of
-        paths of files to be read when they are needed
-    classes : names, in the order of the labels
-    natural : photographs: normalised by channel, cropped and mirrored at random when trained on
-    fingerprint : identifies images that are not in memory
+    Images are a uint8 tensor (n, channels, height, width), or an array of paths of files to be read when needed.
     """
 
-    train: tuple[Tensor | np.ndarray, Tensor]
+    train: tuple[Tensor | np.ndarray, Tensor]  # images and their labels (n,)
     test: tuple[Tensor | np.ndarray, Tensor]
-    classes: list[str]
-    natural: bool = False
-    fingerprint: str = ""
+    classes: list[str]  # names, in the order of the labels
+    natural: bool = False  # photographs: normalised by channel
+    fingerprint: str = ""  # identifies images that are not in memory
 
 
 def _mnist(folder: Path, name: str, skip: bool) -> Source:
