@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
-from urllib.error import URLError
 
 import joblib
 import numpy as np
@@ -231,13 +230,10 @@ def _defaults(model: ModuleType, stage: int) -> dict:
     for table in ("TRAINING", "RETRAINING"):
         _check_values(f"model.py: {table}", getattr(model, table))
     base = f"{model.NAME}/baseline"
-    if stage == 2:
-        known = {"dataset": model.TRAINING["Dataset"], "dims": model.TRAINING["Dims"], "model": model.NAME}
-        return known | {"weights_dir": f"{base}/0", "samples_per_class": model.SAMPLES_PER_CLASS}
-    if stage == 1:
-        return {**model.TRAINING, "Model": model.NAME, "Save_dir": base}
-    known = {"Retrain": f"{base}/0/logits_best.pkl", "Samples_per_class": model.SAMPLES_PER_CLASS}
-    return {**model.RETRAINING, **known, "Model": model.NAME, "Save_dir": f"{model.NAME}/pruned"}
+    values = {"Model": model.NAME, "Samples_per_class": model.SAMPLES_PER_CLASS, "weights_dir": f"{base}/0"}
+    values |= {"Retrain": f"{base}/0/logits_best.pkl", "Save_dir": base if stage == 1 else f"{model.NAME}/pruned"}
+    values |= model.RETRAINING if stage == 3 else model.TRAINING
+    return values | {name.lower(): value for name, value in values.items()}  # as stage 2 spells them
 
 
 def _check_values(where: str, values: dict) -> None:
@@ -257,7 +253,7 @@ def _check_values(where: str, values: dict) -> None:
 
 def _options(name: str, flag: dict, defaults: dict) -> dict:
     """What argparse is told of a flag."""
-    options = {**flag, **({"default": defaults[name]} if name in defaults else {})}
+    options = {**flag, "default": defaults.get(name, flag["default"])}
     del options["stages"]
     if name in ("Model", "model"):
         options["choices"] = (options["default"],)
@@ -364,7 +360,7 @@ def load_given(args: argparse.Namespace, network: nn.Module, model: ModuleType) 
         raise InputError(f"--{flag} torchvision: torchvision has no weights of {model.NAME}; name a file")
     try:
         state = torchvision().models.get_weight(name).get_state_dict(check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise InputError(f"--{flag} torchvision: no download ({reason(error)}); name a file") from error
     artifacts.load_state_dict(network, state, name)
 
@@ -407,8 +403,6 @@ def pending_pairs(
     _note_other_code(args, weights_path(args))
     families, todo = artifacts.score_paths(args.weights_dir, args.name_postfix), []
     last = output_layer(network, images.train)
-    children = [model.PAIRS[key_id][1] for key_id in args.key_ids]
-    run_order(network, children, images.train)  # refuses what cannot be scored
     with contextlib.ExitStack() as locks:
         for key_id, *groups in zip(args.key_ids, args.parent_clusters, args.children_clusters, strict=True):
             parent, child = model.PAIRS[key_id]
