@@ -229,13 +229,7 @@ def shift_and_mirror(images: Tensor, down: Tensor, right: Tensor, mirrored: Tens
 
 
 def sample_per_class(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Indices of `count` rows of every class that occurs, drawn without replacement.
-
-    Parameters
-    ----------
-    labels : (n,) integer tensor
-    count : rows per class
-    seed : the same seed draws the same rows
+    """Indices of `count` rows of every class that occurs in `labels` (n,), drawn by `seed` without replacement.
 
     Returns
     -------

@@ -31,9 +31,7 @@ def cmi(x, y, z=None, *, estimator: str = "kde", seed: int = 0, **options) -> fl
     y : (n, dy) array_like
     z : (n, dz) array_like, optional
         Without it the plain mutual information I(X; Y).
-    estimator : a key of `ESTIMATORS`
-    seed : for estimators that draw random numbers
-    **options : passed on to the estimator
+    estimator, seed, **options : see `layer_cmi`
 
     Returns
     -------
