@@ -309,8 +309,8 @@ def _only(part: tuple, names: list[str], chosen: list[str] | None) -> tuple:
         some = ", ".join(map(shown, names[:10])) + (", ..." if len(names) > 10 else "")
         raise InputError(f"`classes` {unknown[0]}: no such class; legal: {some}")
     images, labels = part
-    rows = torch.isin(labels, torch.tensor([names.index(name) for name in chosen]))
-    return images[rows.numpy() if isinstance(images, np.ndarray) else rows], labels[rows]
+    rows = torch.isin(labels, torch.tensor([names.index(name) for name in chosen])).numpy()
+    return images[rows], labels[rows]
 
 
 def _mean_and_std(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -331,8 +331,7 @@ def _hold_out(labels: np.ndarray, val_size: int) -> tuple[Tensor, Tensor]:
     classes, sizes = np.unique(labels, return_counts=True)
     if sizes.min() < 2:
         raise InputError(f"`val_size` {val_size}: class {classes[sizes.argmin()]} has one image; legal: 0")
-    least = len(classes)
-    if not least <= val_size <= len(labels) - least:
-        raise InputError(f"`val_size` {val_size}: legal: 0, or {least} to {len(labels) - least}")
+    if not len(classes) <= val_size <= len(labels) - len(classes):
+        raise InputError(f"`val_size` {val_size}: legal: 0, or {len(classes)} to {len(labels) - len(classes)}")
     train, val = train_test_split(rows, test_size=val_size, random_state=SPLIT_SEED, stratify=labels)
     return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))

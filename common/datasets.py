@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
@@ -92,12 +93,9 @@ def _cifar10(folder: Path, name: str, skip: bool) -> Source:
 
 def _digits(folder: Path, name: str, skip: bool) -> Source:
     """scikit-learn's embedded 8x8 digits, enlarged to MNIST's 28x28; a fifth of them is the test set."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    small = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
+    pixels, labels = map(torch.from_numpy, load_digits(return_X_y=True))
+    small = pixels.float().reshape(-1, 1, 8, 8) * (255 / 16)
     images = torch.nn.functional.interpolate(small, size=28, mode="bilinear").round().to(torch.uint8)
-    labels = torch.from_numpy(bunch.target).long()
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=SPLIT_SEED, stratify=labels)
     return Source((images[train], labels[train]), (images[test], labels[test]), [str(digit) for digit in range(10)])
 
