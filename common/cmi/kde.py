@@ -129,9 +129,8 @@ class _Kernels:
         for k, group in enumerate(groups):
             d, norms = group.shape[1], (group**2).sum(axis=1)
             left[k, :, :d], right[k, :d] = -2 * sign * group, group.T
-            if d:
-                left[k, :, units], right[k, units] = sign * norms, 1
-                left[k, :, units + 1], right[k, units + 1] = sign, norms
+            left[k, :, units], right[k, units] = sign * norms, 1
+            left[k, :, units + 1], right[k, units + 1] = sign, norms
         return tuple(torch.from_numpy(factor).to(self.device, self.dtype) for factor in (left, right))
 
     def sum_rows(self, first: int, end: int) -> np.ndarray:
