@@ -570,8 +570,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         with parallel.processes():
             main()
-    except InputError as error:
-        sys.exit(_say(error, 2))
+    except (InputError, Diverged) as error:
+        sys.exit(_say(error, 1 if isinstance(error, Diverged) else 2))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(_say(f"{where}{error.strerror or reason(error)}; {GO_ON}", 2))
@@ -584,8 +584,6 @@ def run(main: Callable[[], None]) -> None:
             raise
         less = "fewer `cores`, fewer `samples_per_class`" if _stage == "2" else "a smaller `batch_size`"
         sys.exit(_say(f"not enough memory ({reason(error)}); {less}; {GO_ON}", 2))
-    except Diverged as error:
-        sys.exit(_say(error, 1))
     except KeyboardInterrupt:
         _say(f"interrupted; {GO_ON}", 130)
         sys.stdout.flush()
