@@ -65,19 +65,13 @@ def read_checked(path: Path, record: Path, remedy: str) -> bytes:
     return content
 
 
-def load_checkpoint(path: Path, *, foreign: bool = False, finished: bool = False) -> dict:
+def load_checkpoint(path: Path, *, foreign: bool = False) -> dict:
     """Read a checkpoint: a dictionary with `state_dict`; files that hold anything but tensors and plain values fail.
 
-    Parameters
-    ----------
-    foreign : also take what other programs write: weights alone or under another name, names with a prefix
-    finished : refuse a file whose record says that the run is not complete
+    `foreign` also takes what other programs write: weights alone or under another name, names with a prefix.
     """
     remedy = "run train_stage1.py first, or name another file"
     content = read_checked(path, record_path(path), remedy)
-    status = records.read(record_path(path)).get("status") if record_path(path).is_file() else "complete"
-    if finished and status in UNFINISHED:
-        raise InputError(f"{path} is of a run that {UNFINISHED[status]}; run the command that makes it again")
     checkpoint = _load(content, path, "a checkpoint of tensors and plain values", remedy)
     checkpoint = {"state_dict": _plain_names(checkpoint)} if foreign else checkpoint
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
@@ -110,9 +104,7 @@ def _plain_names(checkpoint):
 def _load(content: bytes, path: Path, what: str, remedy: str):
     """What torch.save wrote: tensors and plain values, and nothing that unpacks to more than the file."""
     if torch.__version__ < SAFE_TORCH:
-        raise InputError(
-            f"torch {torch.__version__} may execute code in files that it reads; install {SAFE_TORCH} or newer"
-        )
+        raise InputError(f"torch {torch.__version__} may execute code in what it reads; install {SAFE_TORCH} or newer")
     try:
         if zipfile.is_zipfile(io.BytesIO(content)):
             with zipfile.ZipFile(io.BytesIO(content)) as file:
@@ -125,17 +117,19 @@ def _load(content: bytes, path: Path, what: str, remedy: str):
 
 def load_weights(network: torch.nn.Module, path: Path) -> dict:
     """Load a finished run's weights into the network, all of them or none; returns the checkpoint."""
-    checkpoint = load_checkpoint(path, finished=True)
+    status = records.read(record_path(path)).get("status") if record_path(path).is_file() else "complete"
+    if status in UNFINISHED:
+        raise InputError(f"{path} is of a run that {UNFINISHED[status]}; run the command that makes it again")
+    checkpoint = load_checkpoint(path)
     load_state_dict(network, checkpoint["state_dict"], path)
     return checkpoint
 
 
 def load_state_dict(network: torch.nn.Module, state: dict[str, torch.Tensor], source) -> None:
     """Load weights that have exactly the network's names and shapes; counters of batch norm may be absent."""
-    counters = {k: v for k, v in network.state_dict().items() if k.endswith(".num_batches_tracked")}
-    state = {**{k: v for k, v in counters.items() if k not in state}, **state}
-    expected = {k: tuple(v.shape) for k, v in network.state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in state.items()}
+    own = network.state_dict()
+    state = {**{k: v for k, v in own.items() if k.endswith(".num_batches_tracked")}, **state}
+    expected, found = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (own, state))
     if expected != found:
         key = next(k for k in (*expected, *found) if expected.get(k) != found.get(k))
         there, here = found.get(key, "absent"), expected.get(key, "absent")

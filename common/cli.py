@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
-from urllib.error import URLError
 
 import joblib
 import numpy as np
@@ -39,16 +38,17 @@ from common.training import OPTIMIZERS, SCHEDULES, set_dropout
 def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], float]:
     """An argparse type: a finite number from `low` (or above it) to `high`."""
 
+    most = f" and at most {high:g}" if high != float("inf") else ""
+    name = {int: "a whole number", float: "a number"}[kind]
+    legal = f"{name} {'above' if above else 'at least'} {low:g}{most}"
+
     def parse(text: str):
-        most = f" and at most {high:g}" if high != float("inf") else ""
-        legal = f"{'above' if above else 'at least'} {low:g}{most}"
-        name = {int: "a whole number", float: "a number"}[kind]
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {legal}") from None
-        if not (low < value or (value == low and not above)) or not value <= high or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not {name} {legal}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {legal}") from None
+        if not low <= value <= high or (above and value == low) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not {legal}")
         return value
 
     return parse
@@ -73,11 +73,6 @@ def plain_name(text: str) -> str:
     return text
 
 
-def key_id_or_all(text: str) -> int | str:
-    """An argparse type: an index from 0, or "all"."""
-    return text if text == "all" else INDEX(text)
-
-
 def weights_source(text: str) -> Path | str:
     """An argparse type: a path as `results_path`, or "torchvision"."""
     return text if text == "torchvision" else results_path(text)
@@ -95,14 +90,9 @@ MOST = 2**31 - 1
 COUNT, SHARE, INDEX = number(int, 1, MOST), number(float, 0, 1), number(int, 0, MOST)
 POSITIVE = number(float, 0, above=True)
 CORES = joblib.cpu_count()  # that this process may use
-MANY, GPU = {"nargs": "+"}, "number of the CUDA GPU to use, if there is any; under torchrun each process has its own"
+MANY = {"nargs": "+"}
 BY_LAYER = "one for all pairs, or one per pair (default: model.py's, by layer)"
-CLASSES = (
-    "names of the classes to use the images of; labels and outputs stay those of the whole data set (default: all)"
-)
-SKIP = "leave out image files that cannot be read, naming them"
 GO_ON = "the same command goes on from what is written"
-DATA_DIR = {"type": folder, "default": ROOT / "data", "help": "where data sets lie, and are downloaded to if absent"}
 SWITCH, ON = {"action": Switch}, {"action": "store_true"}
 
 
@@ -111,21 +101,24 @@ def _flag(stages: str, kind, help_: str, default=None, **options) -> dict:
     return {"stages": stages, **({} if kind is None else typed), "help": help_, "default": default, **options}
 
 
+def _everywhere(name: str, *flag, **options) -> dict:
+    """A flag that stage 2 spells in lower case."""
+    return {name: _flag("13", *flag, **options), name.lower(): _flag("2", *flag, **options)}
+
+
 EVERYDAY = {
     "Save_dir": _flag("13", results_path, "the runs go to SAVE_DIR/0, SAVE_DIR/1, ..."),
     "Epoch": _flag("13", COUNT, "epochs"),
     "Batch_size": _flag("13", COUNT, "images per step, over all processes"),
     "Lr": _flag("13", POSITIVE, "learning rate; with --Schedule one-cycle its peak"),
-    "Dataset": _flag("13", DATASETS, "data set"),
-    "Data_dir": {"stages": "13", **DATA_DIR},
+    **_everywhere("Dataset", DATASETS, "data set"),
+    **_everywhere("Data_dir", folder, "where data sets lie, and are downloaded to if absent", ROOT / "data"),
     "Seed": _flag("13", INDEX, "seed of the first run", 0),
     "Expt_rerun": _flag("13", COUNT, "number of runs, with seeds SEED, SEED + 1, ...", 1),
     "Select": _flag("13", ("val", "last", "test"), "epoch kept: best on held-out images, last, best on test", "val"),
     "key_id": _flag("23", INDEX, "from 0, stage 2: the pair of PAIRS, or 'all'; stage 3: the share of the grid"),
     "weights_dir": _flag("2", results_path, "where the checkpoint lies and the scores go"),
     "name_postfix": _flag("2", plain_name, "tells score files of one directory apart", "cmi"),
-    "dataset": _flag("2", DATASETS, "data set"),
-    "data_dir": {"stages": "2", **DATA_DIR},
     "samples_per_class": _flag("2", COUNT, "training images of each class to score with"),
     "estimator": _flag("2", tuple(ESTIMATORS), "estimator of the conditional mutual information", "kde"),
     "cores": _flag("2", COUNT, "parallel workers", CORES),
@@ -153,11 +146,7 @@ PRUNING = {
     "sampling": _flag("2", ("means", "positions"), "maps count as their means, or at random positions", "means"),
     "positions": _flag("2", COUNT, "--sampling positions: how many of every image's map", 1),
     "given": _flag("2", ("rest", "kept"), "gaussian: given all other parents, or those not yet pruned"),
-    "width": _flag(
-        "2",
-        number(float, 1e-6, 1e6),
-        f"kde: kernel width in square roots of the number of parent units (default: {kde.WIDTH})",
-    ),
+    "width": _flag("2", number(float, 1e-6, 1e6), f"kde: kernel width / sqrt(parent units) (default: {kde.WIDTH})"),
     "precision": _flag("2", tuple(kde.PRECISIONS), "kde: arithmetic of the scores (default: single)"),
     "split_half": _flag("2", None, "also score two halves of the images; report their agreement", **ON),
     "bootstrap": _flag("2", number(int, 2), "also standard errors of the scores, from so many halves of the images"),
@@ -167,9 +156,7 @@ RECIPE = {
     "Opt": _flag("13", OPTIMIZERS, "optimizer; sgd has momentum 0.9"),
     "Nesterov": _flag("13", None, "Nesterov momentum", **SWITCH),
     "Weight_decay": _flag("13", number(float, 0), "weight decay"),
-    "Schedule": _flag(
-        "13", SCHEDULES, "learning rate: falls at MILESTONES; along a cosine to 0; up from LR/25, then to 0", "steps"
-    ),
+    "Schedule": _flag("13", SCHEDULES, "rate: falls at MILESTONES; a cosine to 0; up from LR/25, then to 0", "steps"),
     "Milestones": _flag("13", COUNT, "epochs after which the learning rate is multiplied by GAMMA", nargs="*"),
     "Gamma": _flag("13", POSITIVE, "factor of the learning rate at the milestones"),
     "Warm_up": _flag("13", SHARE, "one-cycle: share of the epochs in which the learning rate rises", 0.3),
@@ -180,20 +167,15 @@ RECIPE = {
 }
 DATA = {
     "Val_size": _flag("13", INDEX, "training images held out to choose the best epoch by"),
-    "Classes": _flag("13", None, CLASSES, **MANY),
-    "classes": _flag("2", None, CLASSES, **MANY),
-    "Skip_unreadable": _flag("13", None, SKIP, **ON),
-    "skip_unreadable": _flag("2", None, SKIP, **ON),
+    **_everywhere("Classes", None, "images of these classes only; outputs stay those of all (default: all)", **MANY),
+    **_everywhere("Skip_unreadable", None, "leave out image files that cannot be read, naming them", **ON),
     "seed": _flag("2", INDEX, "seed of the drawn images", 0),
     "weights_file": _flag("2", plain_name, "name of the checkpoint (default: logits_best.pkl)"),
-    "Dims": _flag("13", COUNT, "number of classes"),
-    "dims": _flag("2", COUNT, "number of classes"),
-    "Model": _flag("13", None, "the network of this folder"),
-    "model": _flag("2", None, "the network of this folder"),
+    **_everywhere("Dims", COUNT, "number of classes"),
+    **_everywhere("Model", None, "the network of this folder"),
 }
 MACHINE = {
-    "Device_ids": _flag("13", INDEX, GPU, [0], **MANY),
-    "device_ids": _flag("2", INDEX, GPU, [0], **MANY),
+    **_everywhere("Device_ids", INDEX, "number of the CUDA GPU, if any; under torchrun by process", [0], **MANY),
     "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (default: cpu)"),
     "Workers": _flag("13", number(int, 0, 1024), "processes that read images that are not in memory", min(8, CORES)),
     "Amp": _flag("13", None, "train in bfloat16 where safe (default: on GPUs that have it)", **SWITCH),
@@ -212,9 +194,8 @@ AS_EVER = {"Schedule": "steps", "Warm_up": 0.3, "Label_smoothing": 0.0, "samplin
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        meant = [
-            name for name in FLAGS if f"--{name}".lower() in message.lower().split() and _stage in FLAGS[name]["stages"]
-        ]
+        words = message.lower().split()
+        meant = [name for name, flag in FLAGS.items() if f"--{name}".lower() in words and _stage in flag["stages"]]
         hint = f"; meant --{meant[0]}?" if message.startswith("unrecognized") and meant else ""
         self.exit(2, f"{self.prog}: error: {message}{hint}\n")
 
@@ -235,26 +216,13 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
     if stage == 2 and parallel.size() > 1:
         raise InputError("stage 2 is one process that uses all cores (--cores); start it without torchrun")
     gpus, classes = ("device_ids", "classes") if stage == 2 else ("Device_ids", "Classes")
-    if len(getattr(args, gpus)) > 1:
-        raise InputError(f"--{gpus} {_shown(getattr(args, gpus))}: one GPU a process; for several use torchrun")
-    setattr(args, gpus, getattr(args, gpus)[0])
-    setattr(args, classes, getattr(args, classes) and list(dict.fromkeys(getattr(args, classes))))
+    given = vars(args)
+    if len(given[gpus]) > 1:
+        raise InputError(f"--{gpus} {_shown(given[gpus])}: one GPU a process; for several use torchrun")
+    given[gpus], given[classes] = given[gpus][0], given[classes] and list(dict.fromkeys(given[classes]))
     args.stage, args.code = stage, records.code_of(Path(script).resolve())
     {1: _check_training, 2: _check_scoring, 3: _check_pruning}[stage](args, model)
     return args
-
-
-def _has_batch_norm(args: argparse.Namespace, model: ModuleType) -> bool:
-    return any(isinstance(module, _BatchNorm) for module in model.build(args.Dims).modules())
-
-
-def _check_batch_size(args: argparse.Namespace, model: ModuleType) -> None:
-    """Every process trains on an image at least, and batch norm on two."""
-    normed = _has_batch_norm(args, model)
-    least = parallel.size() * (2 if normed else 1)
-    if args.Batch_size < least:
-        why = "batch norm needs two images" if normed else "there is to be one image"
-        raise InputError(f"--Batch_size {args.Batch_size}: {why} for each process; legal: {least} or more")
 
 
 _stage = "1"  # of the script that runs: whose flags errors speak of
@@ -265,13 +233,12 @@ def _defaults(model: ModuleType, stage: int) -> dict:
     for table in ("TRAINING", "RETRAINING", "SCORING"):
         _check_values(f"model.py: {table}", getattr(model, table))
     base = f"{model.NAME}/baseline"
-    if stage == 2:
-        known = {"dataset": model.TRAINING["Dataset"], "dims": model.TRAINING["Dims"], "model": model.NAME}
-        return {**known, "weights_dir": f"{base}/0", **model.SCORING}
-    if stage == 1:
-        return {**model.TRAINING, "Model": model.NAME, "Save_dir": base}
-    known = {"Retrain": f"{base}/0/logits_best.pkl", "Samples_per_class": model.SCORING["samples_per_class"]}
-    return {**model.RETRAINING, **known, "Model": model.NAME, "Save_dir": f"{model.NAME}/pruned"}
+    values = {"Model": model.NAME, "weights_dir": f"{base}/0", "Retrain": f"{base}/0/logits_best.pkl"}
+    values |= {"Save_dir": base if stage == 1 else f"{model.NAME}/pruned"}
+    values |= {"Samples_per_class": model.SCORING["samples_per_class"]}
+    values |= model.RETRAINING if stage == 3 else model.TRAINING
+    values |= {name.lower(): value for name, value in values.items()}  # as stage 2 spells them
+    return values | model.SCORING if stage == 2 else values
 
 
 def _check_values(where: str, values: dict) -> None:
@@ -291,12 +258,12 @@ def _check_values(where: str, values: dict) -> None:
 
 def _options(name: str, flag: dict, defaults: dict) -> dict:
     """What argparse is told of a flag."""
-    options = {**flag, **({"default": defaults[name]} if name in defaults else {})}
+    options = {**flag, "default": defaults.get(name, flag["default"])}
     del options["stages"]
     if name in ("Model", "model"):
         options["choices"] = (options["default"],)
     if name == "key_id" and _stage == "2":
-        options |= {"required": True, "type": key_id_or_all}
+        options |= {"required": True, "type": lambda text: text if text == "all" else INDEX(text)}
     if name == "Epoch" and _stage == "3":
         options["type"] = INDEX  # none: the pruned network as it is
     if options.get("type") is results_path and options["default"] is not None:
@@ -327,12 +294,18 @@ def _check_training(args: argparse.Namespace, model: ModuleType) -> None:
     if args.stage == 1 and args.Weights:
         args.Epoch = 0
     if args.Epoch and args.Batch_size < 2 * parallel.size():
-        _check_batch_size(args, model)
+        normed = _has_batch_norm(args, model)
+        why, least = ("batch norm needs two images", 2) if normed else ("there is to be one image", 1)
+        if args.Batch_size < (least := least * parallel.size()):
+            raise InputError(f"--Batch_size {args.Batch_size}: {why} for each process; legal: {least} or more")
+
+
+def _has_batch_norm(args: argparse.Namespace, model: ModuleType) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in model.build(args.Dims).modules())
 
 
 def _check_scoring(args: argparse.Namespace, model: ModuleType) -> None:
-    every = range(len(model.PAIRS))
-    args.key_ids = list(every) if args.key_id == "all" else [in_range(args.key_id, model.PAIRS)]
+    args.key_ids = range(len(model.PAIRS)) if args.key_id == "all" else [in_range(args.key_id, model.PAIRS)]
     resolve_groups(args, [model.PAIRS[k][1] for k in args.key_ids], model.GROUPS)
     if args.given == model.SCORING.get("given") and args.estimator != model.SCORING.get("estimator", "kde"):
         args.given = None  # the default belongs to the default estimator
@@ -346,7 +319,7 @@ def _check_scoring(args: argparse.Namespace, model: ModuleType) -> None:
 def _check_pruning(args: argparse.Namespace, model: ModuleType) -> None:
     _check_training(args, model)
     pruned_share(args)
-    resolve_pairs(args, model.PAIRS, model.GROUPS, model.MAX_SPARSITY)
+    resolve_pairs(args, model)
     if args.Save_dir in args.Retrain.parents[:2]:
         where = display_path(args.Save_dir)
         raise InputError(f"--Save_dir {where} holds the checkpoint that is pruned; name another directory")
@@ -385,8 +358,7 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None = None) -> Data:
     for name, now in trained_on(data).items():
         before = (checkpoint or {}).get(name, now)
         if before != now:
-            trained = f"the checkpoint was trained with {_shown(before)}"
-            raise InputError(f"`{name}` {_shown(now)}: {trained}; use the same")
+            raise InputError(f"`{name}` {_shown(now)}: the checkpoint was trained with {_shown(before)}; use the same")
     chooses = {"val": data.val, "last": None, "test": data.test}
     return replace(data, selection=chooses[args.Select]) if args.stage != 2 else data
 
@@ -404,7 +376,7 @@ def load_given(args: argparse.Namespace, network: nn.Module, model: ModuleType) 
         raise InputError(f"--{flag} torchvision: torchvision has no weights of {model.NAME}; name a file")
     try:
         state = torchvision().models.get_weight(name).get_state_dict(check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise InputError(f"--{flag} torchvision: no download ({reason(error)}); name a file") from error
     artifacts.load_state_dict(network, state, name)
 
@@ -447,8 +419,6 @@ def pending_pairs(
     _note_other_code(args, weights_path(args))
     families, todo = artifacts.score_paths(args.weights_dir, args.name_postfix), []
     last = output_layer(network, images.train)
-    children = [model.PAIRS[key_id][1] for key_id in args.key_ids]
-    run_order(network, children, images.train)  # refuses what cannot be scored
     with contextlib.ExitStack() as locks:
         for key_id, *groups in zip(args.key_ids, args.parent_clusters, args.children_clusters, strict=True):
             parent, child = model.PAIRS[key_id]
@@ -500,8 +470,8 @@ def pruning_plan(
     last, within = output_layer(network, images.train), Mask.of_checkpoint(checkpoint, network)
     run_order(network, args.children_key, images.train)  # refuses what cannot be pruned
     _note_other_code(args, args.Retrain)
-    families, blocks, scores, paths, made = score_families(args), {}, {}, [], {}
-    made_of = records.checksums(args.Retrain)
+    families, made_of = score_families(args), records.checksums(args.Retrain)
+    blocks, scores, paths, made = {}, {} if families else None, [], {}
     asked = zip(args.parent_key, args.children_key, args.parent_clusters, args.children_clusters, strict=True)
     for parent, child, *groups in asked:
         blocks[child] = contiguous_blocks(network, child, *groups, last)
@@ -509,13 +479,18 @@ def pruning_plan(
             remedy = f"run pruning_1b.py --key_id {model.PAIRS.index((parent, child))} with the same groups first"
             paths += [artifacts.score_path(family, parent, child) for family in families]
             scores[child], blocks[child], made = scoring.load(paths[-3:], blocks[child], remedy, made_of)
-    sparsity = share_of_masked(args, pruned_share(args), network, blocks)
+    sparsity = pruned_share(args)
+    if args.Prune_of_network:
+        weights, masked = weight_count(network), sum(b.weights.sum() for b in blocks.values())
+        if sparsity * weights > masked:
+            held = f"the masked layers hold {100 * masked / weights:.2f} %"
+            raise InputError(f"{100 * sparsity:g} % of the network: {held}")
+        sparsity = float(sparsity * weights / masked)
     known = {"inputs": records.checksums(args.Retrain, *paths), "requested_percent": 100 * sparsity}
     if made:
         how = ("estimator", "given", "sampling", "positions", "grouping", "samples_per_class")
         known["scores"] = {flag: made["arguments"][flag] for flag in how if made["arguments"].get(flag)}
-    scores = scores if families else None
-    like = None if args.Criterion.startswith("cmi") else scores
+    like = scores if families and not args.Criterion.startswith("cmi") else None
     return Plan(blocks, scores, like, sparsity, args.upper_prune_limit, within, known)
 
 
@@ -528,34 +503,22 @@ def calibration_images(args: argparse.Namespace, images: Data) -> Split | FileSp
 
 def score_families(args: argparse.Namespace) -> list[Path]:
     """The families of score and label files that stage 3 reads; none for the controls unless they are named."""
-    mask = args.Retrain_mask
-    if mask is None:
-        if not args.Criterion.startswith("cmi"):
-            return []
-        mask = args.Retrain.with_name("I_parent_cmi.npy")
+    if args.Retrain_mask is None and not args.Criterion.startswith("cmi"):
+        return []
+    mask = args.Retrain_mask or args.Retrain.with_name("I_parent_cmi.npy")
     mask, *labels = (_family(args, path) for path in (mask, args.Labels_file, args.Labels_children_file))
-    if not (mask.name.startswith("I_parent_") and mask.name.endswith(".npy")):
+    named = re.fullmatch(r"I_parent_(.*)\.npy", mask.name)
+    if named is None:
         raise InputError(f"--Retrain_mask {mask.name}: must be I_parent_<postfix>.npy, as stage 2 names scores")
-    beside = artifacts.score_paths(mask.parent, mask.name.removeprefix("I_parent_").removesuffix(".npy"))
+    beside = artifacts.score_paths(mask.parent, named[1])
     return [mask, labels[0] or beside[1], labels[1] or beside[2]]
 
 
 def _family(args: argparse.Namespace, path: Path | None) -> Path | None:
     """The family of a path that may name the file of one layer pair."""
     for parent, child in zip(args.parent_key, args.children_key, strict=True):
-        if path and path.name.endswith(f"_{parent}_{child}.npy"):
-            return path.with_name(path.name.removesuffix(f"_{parent}_{child}.npy") + ".npy")
+        path = path and path.with_name(path.name.replace(f"_{parent}_{child}.npy", ".npy"))
     return path
-
-
-def share_of_masked(args: argparse.Namespace, share: float, network: nn.Module, blocks: dict[str, Blocks]) -> float:
-    """The pruned share of the masked layers: the one asked for, which may be of all weights."""
-    if not args.Prune_of_network:
-        return share
-    weights, masked = weight_count(network), sum(b.weights.sum() for b in blocks.values())
-    if share * weights > masked:
-        raise InputError(f"{100 * share:g} % of the network: the masked layers hold {100 * masked / weights:.2f} %")
-    return float(share * weights / masked)
 
 
 def pruned_share(args: argparse.Namespace) -> float:
@@ -571,29 +534,28 @@ def pruned_share(args: argparse.Namespace) -> float:
     return grid[in_range(args.key_id, grid)]
 
 
-def resolve_pairs(args: argparse.Namespace, pairs: list[tuple[str, str]], groups: dict, max_sparsity: dict) -> None:
+def resolve_pairs(args: argparse.Namespace, model: ModuleType) -> None:
     """Put the layer pairs that stage 3 prunes, their numbers of groups and their limits into the arguments."""
-    args.children_key = args.children_key or list(max_sparsity)
-    parents = {child: parent for parent, child in pairs}
+    args.children_key = args.children_key or list(model.MAX_SPARSITY)
+    parents = {child: parent for parent, child in model.PAIRS}
     args.parent_key = args.parent_key or [parents.get(child, "?") for child in args.children_key]
     if len(args.parent_key) != len(args.children_key):
         counts = f"--parent_key has {len(args.parent_key)} values, --children_key {len(args.children_key)}"
         raise InputError(f"{counts}: give pairs")
     for pair in zip(args.parent_key, args.children_key, strict=True):
-        if pair not in pairs:
-            raise InputError(f"--parent_key {pair[0]} --children_key {pair[1]} is no layer pair; legal: {_list(pairs)}")
+        if pair not in model.PAIRS:
+            pairs = _list(model.PAIRS)
+            raise InputError(f"--parent_key {pair[0]} --children_key {pair[1]} is no layer pair; legal: {pairs}")
     if len(set(args.children_key)) < len(args.children_key):
         raise InputError("--children_key names a layer twice")
-    resolve_groups(args, args.children_key, groups)
-    limits = args.upper_prune_limit or [max_sparsity.get(child, 1.0) for child in args.children_key]
-    args.upper_prune_limit = one_per_pair("upper_prune_limit", limits, len(args.children_key))
+    resolve_groups(args, args.children_key, model.GROUPS)
+    one_per_pair(args, "upper_prune_limit", [model.MAX_SPARSITY.get(child, 1.0) for child in args.children_key])
 
 
 def resolve_groups(args: argparse.Namespace, children: list[str], groups: dict[str, tuple[int, int]]) -> None:
     """Put numbers of groups, one per child layer, into the arguments."""
     for k, flag in enumerate(("parent_clusters", "children_clusters")):
-        given = getattr(args, flag) or [groups[child][k] for child in children]
-        setattr(args, flag, one_per_pair(flag, given, len(children)))
+        one_per_pair(args, flag, [groups[child][k] for child in children])
 
 
 def in_range(index: int, choices: list) -> int:
@@ -603,11 +565,12 @@ def in_range(index: int, choices: list) -> int:
     return index
 
 
-def one_per_pair(flag: str, values: list, pairs: int) -> list:
-    """A list with one value per layer pair; a single value stands for all."""
+def one_per_pair(args: argparse.Namespace, flag: str, default: list) -> None:
+    """Put one value per layer pair into the arguments, as many as by default; a single value stands for all."""
+    values, pairs = getattr(args, flag) or default, len(default)
     if len(values) not in (1, pairs):
         raise InputError(f"--{flag} has {len(values)} values for {pairs} layer pairs; give 1 or {pairs}")
-    return values * pairs if len(values) == 1 else values
+    setattr(args, flag, values * pairs if len(values) == 1 else values)
 
 
 def choose_device(index: int) -> torch.device:
@@ -626,29 +589,26 @@ def choose_device(index: int) -> torch.device:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: one line and exit code 2 for unusable input or means, 1 for diverged training, 130 for Ctrl-C."""
-    name = Path(sys.argv[0]).name
     sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal cannot show
     try:
         with parallel.processes():
             main()
-    except InputError as error:
-        sys.exit(_say(name, error, 2))
+    except (InputError, Diverged) as error:
+        sys.exit(_say(error, 1 if isinstance(error, Diverged) else 2))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_say(name, f"{where}{error.strerror or reason(error)}; {GO_ON}", 2))
+        sys.exit(_say(f"{where}{error.strerror or reason(error)}; {GO_ON}", 2))
     except (MemoryError, RuntimeError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            sys.exit(_say(name, f"--Compile: torch.compile fails here ({reason(error)}); leave it out", 2))
+            sys.exit(_say(f"--Compile: torch.compile fails here ({reason(error)}); leave it out", 2))
         if parallel.size() > 1 and "by peer" in str(error):
-            sys.exit(_say(name, "another process ended early and says why", 2))
+            sys.exit(_say("another process ended early and says why", 2))
         if not out_of_memory(error):
             raise
         less = "fewer `cores`, fewer `samples_per_class`" if _stage == "2" else "a smaller `batch_size`"
-        sys.exit(_say(name, f"not enough memory ({reason(error)}); {less}; {GO_ON}", 2))
-    except Diverged as error:
-        sys.exit(_say(name, error, 1))
+        sys.exit(_say(f"not enough memory ({reason(error)}); {less}; {GO_ON}", 2))
     except KeyboardInterrupt:
-        _say(name, f"interrupted; {GO_ON}", 130)
+        _say(f"interrupted; {GO_ON}", 130)
         sys.stdout.flush()
         os._exit(130)  # at once: workers that are still at it would abort Python's own way out
 
@@ -658,9 +618,9 @@ def _list(choices: list) -> str:
     return ", ".join(f"{i}: {_shown(c)}" for i, c in enumerate(choices))
 
 
-def _say(name: str, error, code: int) -> int:
+def _say(error, code: int) -> int:
     if parallel.is_first(str(error)):
-        print(f"{name}: error: {in_flags(str(error))}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {in_flags(str(error))}", file=sys.stderr)
     return code
 
 

@@ -28,16 +28,11 @@ EVALUATED_PIXELS = 2**20  # in one batch of an evaluation
 
 @dataclass(frozen=True)
 class Split:
-    """Images (n, channels, height, width) uint8 and labels (n,) int64, on one device.
+    """Images and their labels, on one device."""
 
-    Attributes
-    ----------
-    mean, std : (channels, 1, 1) of images in [0, 1], to normalise by; None: batches are in [0, 1]
-    """
-
-    images: Tensor
-    labels: Tensor
-    mean: Tensor | None = None
+    images: Tensor  # (n, channels, height, width) uint8
+    labels: Tensor  # (n,) int64
+    mean: Tensor | None = None  # (channels, 1, 1) of images in [0, 1], to normalise by; None: batches are in [0, 1]
     std: Tensor | None = None
 
     def __len__(self) -> int:
@@ -75,15 +70,12 @@ class Split:
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Image files (n,) and labels (n,) int64 on the device; worker processes decode ahead of the training.
+    """Image files and their labels; worker processes decode ahead of the training."""
 
-    `skip` leaves files that cannot be read out of their batches, where they are otherwise an InputError.
-    """
-
-    paths: np.ndarray
-    labels: Tensor
+    paths: np.ndarray  # (n,)
+    labels: Tensor  # (n,) int64, on the device
     workers: int
-    skip: bool = False
+    skip: bool = False  # leave files that cannot be read out of their batches, where they are otherwise an InputError
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -121,9 +113,8 @@ class FileSplit:
         )
         for batch, rows, (images, errors) in zip(batches, parts, loader, strict=True):
             together = len(batch)
-            if errors:
-                unreadable(errors, self.skip)
-                rows = rows[[k for k in range(len(rows)) if k not in errors]]
+            unreadable(errors, self.skip)
+            rows = rows[[k for k in range(len(rows)) if k not in errors]]
             if self.skip:  # all processes leave out the same batches, so that none waits for another
                 enough = seed is None or len(rows) >= min(2, together // parallel.size())
                 together, able = map(int, parallel.total(*torch.tensor([len(rows), enough], device=device)))
@@ -180,24 +171,16 @@ def _to_train_on(order: Tensor, batch_size: int) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set in three disjoint splits.
-
-    Attributes
-    ----------
-    classes : number of classes of the whole data set, so of a network's outputs
-    chosen : names of the classes whose images are used, if not all
-    selection : what chooses the epoch that is kept; None: nothing, it is the last one
-    fingerprint : SHA-256 of all images and labels; of images that are read as needed, see `datasets`
-    """
+    """A data set in three disjoint splits."""
 
     name: str
     train: Split | FileSplit
     val: Split | FileSplit
     test: Split | FileSplit
-    classes: int
-    chosen: tuple[str, ...] | None
-    fingerprint: str
-    selection: Split | FileSplit | None = None
+    classes: int  # of the whole data set, so of a network's outputs
+    chosen: tuple[str, ...] | None  # names of the classes whose images are used, if not all
+    fingerprint: str  # SHA-256 of all images and labels; of images that are read as needed, see `datasets`
+    selection: Split | FileSplit | None = None  # chooses the epoch that is kept; None: nothing, it is the last one
 
     @property
     def device(self) -> torch.device:
@@ -246,13 +229,7 @@ def shift_and_mirror(images: Tensor, down: Tensor, right: Tensor, mirrored: Tens
 
 
 def sample_per_class(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Indices of `count` rows of every class that occurs, drawn without replacement.
-
-    Parameters
-    ----------
-    labels : (n,) integer tensor
-    count : rows per class
-    seed : the same seed draws the same rows
+    """Indices of `count` rows of every class that occurs in `labels` (n,), drawn by `seed` without replacement.
 
     Returns
     -------
@@ -267,10 +244,8 @@ def sample_per_class(labels: Tensor, count: int, seed: int) -> Tensor:
     values = labels.cpu().numpy()
     classes, sizes = np.unique(values, return_counts=True)
     if count > sizes.min():
-        raise InputError(
-            f"`samples_per_class` {count}: class {classes[sizes.argmin()]} of the training split has {sizes.min()} "
-            f"images; legal: 1 to {sizes.min()}"
-        )
+        has = f"class {classes[sizes.argmin()]} of the training split has {sizes.min()} images"
+        raise InputError(f"`samples_per_class` {count}: {has}; legal: 1 to {sizes.min()}")
     rows = [rng.choice(np.flatnonzero(values == c), count, replace=False) for c in classes]
     return torch.from_numpy(rng.permutation(np.concatenate(rows)))
 
@@ -304,17 +279,16 @@ def load(
     """
     source = DATASETS[name](Path(folder).absolute(), name, skip)
     digest = source.fingerprint or _fingerprint(source)
-    (train_x, train_y), (test_x, test_y) = (
-        _only(part, source.classes, classes) for part in (source.train, source.test)
-    )
-    if not len(train_y) or not len(test_y):
-        raise InputError(f"`dataset` {name}: the {'test' if len(train_y) else 'training'} set has no images")
-    train_rows, val_rows = _hold_out(train_y.numpy(), val_size)
-    if isinstance(train_x, np.ndarray):
-        whole, test = (FileSplit(x, y.to(device), workers, skip) for x, y in ((train_x, train_y), (test_x, test_y)))
+    parts = [_only(part, source.classes, classes) for part in (source.train, source.test)]
+    (images, labels), (_, tested) = parts
+    if not len(labels) or not len(tested):
+        raise InputError(f"`dataset` {name}: the {'test' if len(labels) else 'training'} set has no images")
+    train_rows, val_rows = _hold_out(labels.numpy(), val_size)
+    if isinstance(images, np.ndarray):
+        whole, test = (FileSplit(x, y.to(device), workers, skip) for x, y in parts)
     else:
-        scale = _mean_and_std(train_x[train_rows], device) if source.natural else (None, None)
-        whole, test = (Split(x.to(device), y.to(device), *scale) for x, y in ((train_x, train_y), (test_x, test_y)))
+        scale = _mean_and_std(images[train_rows], device) if source.natural else (None, None)
+        whole, test = (Split(x.to(device), y.to(device), *scale) for x, y in parts)
     chosen = tuple(classes) if classes else None
     return Data(name, whole[train_rows], whole[val_rows], test, len(source.classes), chosen, digest)
 
@@ -335,8 +309,8 @@ def _only(part: tuple, names: list[str], chosen: list[str] | None) -> tuple:
         some = ", ".join(map(shown, names[:10])) + (", ..." if len(names) > 10 else "")
         raise InputError(f"`classes` {unknown[0]}: no such class; legal: {some}")
     images, labels = part
-    rows = torch.isin(labels, torch.tensor([names.index(name) for name in chosen]))
-    return images[rows.numpy() if isinstance(images, np.ndarray) else rows], labels[rows]
+    rows = torch.isin(labels, torch.tensor([names.index(name) for name in chosen])).numpy()
+    return images[rows], labels[rows]
 
 
 def _mean_and_std(images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -357,8 +331,7 @@ def _hold_out(labels: np.ndarray, val_size: int) -> tuple[Tensor, Tensor]:
     classes, sizes = np.unique(labels, return_counts=True)
     if sizes.min() < 2:
         raise InputError(f"`val_size` {val_size}: class {classes[sizes.argmin()]} has one image; legal: 0")
-    least = len(classes)
-    if not least <= val_size <= len(labels) - least:
-        raise InputError(f"`val_size` {val_size}: legal: 0, or {least} to {len(labels) - least}")
+    if not len(classes) <= val_size <= len(labels) - len(classes):
+        raise InputError(f"`val_size` {val_size}: legal: 0, or {len(classes)} to {len(labels) - len(classes)}")
     train, val = train_test_split(rows, test_size=val_size, random_state=SPLIT_SEED, stratify=labels)
     return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
@@ -29,23 +30,17 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a file
 class Source:
     """A data set as it lies on disk.
 
-    Attributes
-    ----------
-    train, test : images and their labels (n,); images are a uint8 tensor (n, channels, height, width), or an array of
-        paths of files to be read when they are needed
-    classes : names, in the order of the labels
-    natural : photographs: normalised by channel, cropped and mirrored at random when trained on
-    fingerprint : identifies images that are not in memory
+    Images are a uint8 tensor (n, channels, height, width), or an array of paths of files to be read when needed.
     """
 
-    train: tuple[Tensor | np.ndarray, Tensor]
+    train: tuple[Tensor | np.ndarray, Tensor]  # images and their labels (n,)
     test: tuple[Tensor | np.ndarray, Tensor]
-    classes: list[str]
-    natural: bool = False
-    fingerprint: str = ""
+    classes: list[str]  # names, in the order of the labels
+    natural: bool = False  # photographs: normalised by channel
+    fingerprint: str = ""  # identifies images that are not in memory
 
 
-def _idx_files(folder: Path, name: str, skip: bool) -> Source:
+def _mnist(folder: Path, name: str, skip: bool) -> Source:
     """MNIST and its relatives; torchvision downloads and unpacks what is absent."""
     raw = folder / name / "raw"
     paths = [raw / f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -63,11 +58,10 @@ def _idx(path: Path, *shape: int) -> Tensor:
     """Bytes in MNIST's format: two zeros, the type 8, the rank, the sizes in four bytes each, the values."""
     try:
         content, rank = path.read_bytes(), 1 + len(shape)
+        if content[:2] == b"\x1f\x8b":
+            raise ValueError("it is packed by gzip: unpack it")
         if content[:4] != bytes([0, 0, 8, rank]):
-            what = (
-                "is packed by gzip: unpack it" if content[:2] == b"\x1f\x8b" else f"has not {rank} dimensions of bytes"
-            )
-            raise ValueError(f"it {what}")
+            raise ValueError(f"it has not {rank} dimensions of bytes")
         sizes = np.frombuffer(content, ">u4", rank, 4).tolist()
         if sizes[1:] != list(shape):
             raise ValueError(f"its images are {sizes[1:]}, not {list(shape)}")
@@ -99,12 +93,9 @@ def _cifar10(folder: Path, name: str, skip: bool) -> Source:
 
 def _digits(folder: Path, name: str, skip: bool) -> Source:
     """scikit-learn's embedded 8x8 digits, enlarged to MNIST's 28x28; a fifth of them is the test set."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    small = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
+    pixels, labels = map(torch.from_numpy, load_digits(return_X_y=True))
+    small = pixels.float().reshape(-1, 1, 8, 8) * (255 / 16)
     images = torch.nn.functional.interpolate(small, size=28, mode="bilinear").round().to(torch.uint8)
-    labels = torch.from_numpy(bunch.target).long()
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=SPLIT_SEED, stratify=labels)
     return Source((images[train], labels[train]), (images[test], labels[test]), [str(digit) for digit in range(10)])
 
@@ -127,13 +118,7 @@ def _imagenet(folder: Path, name: str, skip: bool) -> Source:
     return Source(*parts, classes, natural=True, fingerprint=digest.hexdigest())
 
 
-DATASETS = {
-    "MNIST": _idx_files,
-    "FashionMNIST": _idx_files,
-    "CIFAR10": _cifar10,
-    "ImageNet": _imagenet,
-    "DIGITS": _digits,
-}
+DATASETS = {"MNIST": _mnist, "FashionMNIST": _mnist, "CIFAR10": _cifar10, "ImageNet": _imagenet, "DIGITS": _digits}
 
 
 def _downloaded(folder: Path, name: str, where: Path, remedy: str):
@@ -216,9 +201,8 @@ def _small_images(root: Path, skip: bool) -> Source:
         read = [k for k in range(len(paths)) if k not in errors]
         pixels = np.array([decoded[k] for k in read], np.uint8).reshape(-1, 3, 32, 32)
         labels, border = labels[read], sum(k < border for k in read)
-        if errors:
-            unreadable(errors, skip)
-        else:
+        unreadable(errors, skip)
+        if not errors:
             with contextlib.suppress(OSError):  # a folder that cannot be written to costs the decoding every time
                 records.save({cache: artifacts.array_bytes(pixels)}, {"listing": listing})
     images = torch.from_numpy(pixels)
@@ -238,9 +222,9 @@ def _pixels(path: str) -> np.ndarray | str:
 
 def unreadable(errors: dict[int, str], skip: bool) -> None:
     """Say which image files were left out, or refuse them."""
-    if not skip:
-        raise InputError(f"{next(iter(errors.values()))}; `skip_unreadable` leaves such files out")
     for error in errors.values():
+        if not skip:
+            raise InputError(f"{error}; `skip_unreadable` leaves such files out")
         print(f"left out: {error}", file=sys.stderr)
 
 
@@ -285,8 +269,6 @@ def torchvision():
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-        for partial in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[partial]
         schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         for operator in ("nms", "qnms"):
             torch.library.define(f"torchvision::{operator}", schema)

@@ -6,11 +6,11 @@ the system takes back when the process ends, however it ends.
 
 import contextlib
 import errno
-import fcntl
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import filelock
 
 from common import parallel
 from common.errors import InputError
@@ -36,29 +36,30 @@ def file_lock(path: Path) -> Iterator[None]:
     Raises
     ------
     InputError
-        At once, if another process is at it, or if nothing can be written there.
+        If another process is at it, or if nothing can be written there.
     """
     if parallel.rank():
         yield
         return
-    lock, new = path.with_name(f".{path.name}.lock"), absent(path.parent)
+    file, new = path.with_name(f".{path.name}.lock"), absent(path.parent)
+    lock = filelock.FileLock(file, timeout=0.2, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _locked(lock)
-    except BlockingIOError as error:
+        lock.acquire()
+    except filelock.Timeout as error:
         raise InputError(f"{path} is being written by another process; wait, or name another directory") from error
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise InputError(f"{path.parent} is on a file system without locks (flock); name another one") from error
         raise InputError(f"{path.parent} cannot be written to ({error.strerror}); name another directory") from error
-    with file:
+    try:
         for left in path.parent.glob(f".{path.stem}.*.tmp"):  # by a process that was killed
             left.unlink(missing_ok=True)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-            remove_empty(new)
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # who waits for it makes a new one
+        lock.release()
+        remove_empty(new)
 
 
 def absent(folder: Path) -> list[Path]:
@@ -71,22 +72,6 @@ def remove_empty(folders: list[Path]) -> None:
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
-
-
-def _locked(lock: Path) -> io.TextIOWrapper:
-    """The file, locked. The process that had the lock before may have removed it meanwhile: then a new one."""
-    while True:
-        file = lock.open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                return file
-        except FileNotFoundError:
-            pass
-        except OSError:
-            file.close()
-            raise
-        file.close()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -95,13 +95,14 @@ def is_complete(path: Path, record: dict, remedy: str, describe=None) -> bool:
 
 def check_same(path: Path, before: dict, now: dict, remedy: str) -> None:
     """Refuse what another run wrote, by its record before and now; where only common/ is another, say so."""
-    for part, describe in DIFFERENCES.items():
-        old, new = (_known(record, part) for record in (before, now))
-        keys = (old.keys() | new.keys()) if part in ("arguments", "inputs") else (old.keys() & new.keys())
+    before, now = ({**record, "processes": {"": record.get("processes", 1)}} for record in (before, now))
+    for part, say in DIFFERENCES.items():
+        old, new = before.get(part, {}), now.get(part, {})
+        keys = (old.keys() | new.keys()) if part in ("arguments", "inputs") else (old.keys() & new.keys()) - MEASURED
         said = [
-            describe(key, *(_shown(r, part, key) for r in (before, now)))
+            say(key, *("by default" if value in (None, {}) else value for value in (old.get(key), new.get(key))))
             for key in sorted(keys)
-            if old.get(key) != new.get(key)
+            if (old.get(key) or None) != (new.get(key) or None)  # off, empty and unknown are the same
         ]
         if said:
             raise InputError(f"{path} is of a run with {', '.join(said)}; {remedy}")
@@ -109,6 +110,7 @@ def check_same(path: Path, before: dict, now: dict, remedy: str) -> None:
         print(f"{path} was begun with other code in common/; it counts all the same")
 
 
+MEASURED = {"mean", "std"}  # entries of the data that follow from the others
 DIFFERENCES = {  # what decides the result, and how a difference is said
     "arguments": lambda flag, old, new: f"`{flag}` {old} (now {new})",
     "inputs": lambda path, _old, _new: f"another {path}",
@@ -116,21 +118,6 @@ DIFFERENCES = {  # what decides the result, and how a difference is said
     "code": lambda file, _old, _new: f"other code in {file}, which was edited since",
     "processes": lambda _key, old, new: f"{old} processes (now {new})",
 }
-
-
-def _shown(record: dict, part: str, key: str):
-    """An entry as the record holds it."""
-    value = record.get(part, {}) if part == "processes" else record.get(part, {}).get(key)
-    return "by default" if value in (None, {}) else value
-
-
-def _known(record: dict, part: str) -> dict:
-    """A part of a record's identity; what is off, empty or as measured (mean and deviation) does not count."""
-    if part == "processes":
-        return {"": record.get("processes", 1)}
-    if "arguments" not in record:
-        return {}
-    return {k: v for k, v in record.get(part, {}).items() if v and k not in ("mean", "std")}
 
 
 def code_of(script: Path) -> dict:
@@ -150,23 +137,12 @@ def common_hash() -> str:
 def syntax_hash(path: Path) -> str:
     """SHA-256 of the code in a file without comments, docstrings, layout and the tables of flags' defaults."""
     tree = ast.parse(path.read_bytes())
-    tree.body = [node for node in tree.body if not _targets(node) & DEFAULTS]
+    tree.body = [node for node in tree.body if ast.unparse(node).split(maxsplit=1)[0].rstrip(":") not in DEFAULTS]
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[0].value.value = ""
+        match getattr(node, "body", None):
+            case [ast.Expr(value=ast.Constant() as docstring), *_]:
+                docstring.value = ""
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
-
-
-def _targets(node: ast.AST) -> set[str]:
-    """The names that a statement assigns to."""
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def environment(device: torch.device) -> dict:

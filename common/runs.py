@@ -5,7 +5,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -33,19 +33,9 @@ def start(best: Path, record: dict, data: Data, **options) -> Iterator["Run"]:
         yield Run(best, record, data, **options)
 
 
+@dataclass
 class Run:
     """A training run: `epochs` to loop over, `log` what came out, `finish`; `finished` if that is done already.
-
-    Parameters
-    ----------
-    best : where the checkpoint of the epoch that is kept goes; record and state lie beside it
-    record : what is known before it starts, with what makes it this run and no other (see `records`)
-    data : what it is trained on
-    seed : fixes first weights, order, augmentation and dropout; an epoch's randomness depends on (seed, epoch) alone
-    select : what chooses the epoch that is kept: "val", "last" (nothing: the last epoch) or "test"
-    remedy : what to do where files of another run are there, for error messages
-    resume : go on where an interrupted run was; on a CPU the result is the same bits as without interruption
-    mask : what is kept at zero; goes into the checkpoints
 
     Raises
     ------
@@ -53,26 +43,24 @@ class Run:
         If files of another run are there.
     """
 
-    def __init__(
-        self,
-        best: Path,
-        record: dict,
-        data: Data,
-        *,
-        seed: int,
-        select: str,
-        resume: bool,
-        remedy: str,
-        mask: Mask | None = None,
-    ) -> None:
-        more = {"seed": seed, "epoch_chosen_by": select, "processes": parallel.size()}
-        self.record = {**record, **more, **records.environment(data.device)}
-        self.best, self.data, self.seed, self.mask = best, data, seed, mask
-        self.state_file, self.select, self.resume, self.remedy = best.with_suffix(".state"), select, resume, remedy
-        self.finished = records.is_complete(best, self.record, remedy, describe)
+    best: Path  # where the checkpoint of the epoch that is kept goes; record and state lie beside it
+    record: dict  # what is known before it starts, with what makes it this run and no other (see `records`)
+    data: Data
+    _: KW_ONLY
+    seed: int  # fixes first weights, order, augmentation, dropout; an epoch's randomness depends on (seed, epoch) alone
+    select: str  # what chooses the epoch that is kept: "val", "last" (nothing: the last epoch) or "test"
+    resume: bool  # go on where an interrupted run was; on a CPU the result is the same bits as without interruption
+    remedy: str  # what to do where files of another run are there, for error messages
+    mask: Mask | None = None  # what is kept at zero; goes into the checkpoints
+
+    def __post_init__(self) -> None:
+        more = {"seed": self.seed, "epoch_chosen_by": self.select, "processes": parallel.size()}
+        self.record = {**self.record, **more, **records.environment(self.data.device)}
+        self.state_file = self.best.with_suffix(".state")
+        self.finished = records.is_complete(self.best, self.record, self.remedy, describe)
         self.lines, self.kept, self.kept_state, self.highest = [], {"epoch": 0}, None, 0.0
         self.moments, self.start, self.next_save, self.titled = {}, time.perf_counter(), 0.0, False
-        torch.manual_seed(seed)  # what is drawn from here on, such as a network's first weights
+        torch.manual_seed(self.seed)  # what is drawn from here on, such as a network's first weights
 
     def seed_of(self, epoch: int) -> int:
         """What fixes an epoch's randomness."""
@@ -174,9 +162,8 @@ class Run:
 
     def _restore(self) -> None:
         """Go on from the state of an interrupted run, if there is one and it is of this run."""
-        begun = (
-            artifacts.load_state(self.state_file, "remove it, or start over with `no-resume`") if self.resume else None
-        )
+        remedy = "remove it, or start over with `no-resume`"
+        begun = artifacts.load_state(self.state_file, remedy) if self.resume else None
         parallel.barrier()
         if begun is None:
             return

@@ -31,9 +31,7 @@ def cmi(x, y, z=None, *, estimator: str = "kde", seed: int = 0, **options) -> fl
     y : (n, dy) array_like
     z : (n, dz) array_like, optional
         Without it the plain mutual information I(X; Y).
-    estimator : a key of `ESTIMATORS`
-    seed : for estimators that draw random numbers
-    **options : passed on to the estimator
+    estimator, seed, **options : see `layer_cmi`
 
     Returns
     -------
@@ -47,11 +45,10 @@ def cmi(x, y, z=None, *, estimator: str = "kde", seed: int = 0, **options) -> fl
     """
     x, y = check_samples(x, "x"), check_samples(y, "y")
     z = y[:, :0] if z is None else check_samples(z, "z")
-    parents = np.hstack([y, z]) if len(z) == len(y) else z
     if not len(x) == len(y) == len(z):
         raise ValueError(f"x, y and z need the same number of rows, not {len(x)}, {len(y)} and {len(z)}")
-    groups = np.repeat([0, 1], [y.shape[1], z.shape[1]])
-    scores = layer_cmi(x, parents, np.zeros(x.shape[1], int), groups, estimator=estimator, seed=seed, **options)
+    groups = np.zeros(x.shape[1], int), np.repeat([0, 1], [y.shape[1], z.shape[1]])
+    scores = layer_cmi(x, np.hstack([y, z]), *groups, estimator=estimator, seed=seed, **options)
     return float(scores[0, 0])
 
 

@@ -30,7 +30,6 @@ def scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0) -> np.ndarray:
     Parameters
     ----------
     seed : splits the rows into three disjoint parts: rows as they are, rows whose Y is replaced, donors of Y
-    n_jobs : parallel workers
 
     Returns
     -------

@@ -1,6 +1,7 @@
 """What every estimator asks of its inputs."""
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
@@ -143,12 +144,6 @@ def one_thread_per_worker() -> Iterator[None]:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether it is for want of memory that numpy, or torch on a GPU or a CPU, gave up."""
-    signs = (
-        "t allocate memory",
-        "out of memory",
-        "ALLOC_FAILED",
-        "is killed by signal: Killed",
-        "is killed by signal: Bus",
-    )
-    allocator = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-    return allocator or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    signs = "t allocate memory|out of memory|ALLOC_FAILED|is killed by signal: (Killed|Bus)"
+    allocator = isinstance(error, RuntimeError) and re.search(signs, str(error))
+    return bool(allocator) or isinstance(error, (MemoryError, torch.OutOfMemoryError))

@@ -62,13 +62,10 @@ def scores(
     start: tuple[int, np.ndarray] | None = None,
     on_rows: Callable[[int, np.ndarray], None] | None = None,
 ) -> np.ndarray:
-    """Leave-one-out KDE scores of all pairs; see `common.cmi.layer_cmi` for their meaning.
+    """Leave-one-out KDE scores of all pairs; see `common.cmi.layer_cmi`. Nothing is random: `seed` is not used.
 
     Parameters
     ----------
-    layer : the samples and groups
-    n_jobs : parallel workers
-    seed : not used; the estimate is deterministic
     width : factor of `widths`, from 1e-6 to 1e6
     precision : "double", or "single" at less than half the cost
     device : where the tensors live; on a GPU there is one worker, and results differ from the CPU's by rounding
@@ -132,9 +129,8 @@ class _Kernels:
         for k, group in enumerate(groups):
             d, norms = group.shape[1], (group**2).sum(axis=1)
             left[k, :, :d], right[k, :d] = -2 * sign * group, group.T
-            if d:
-                left[k, :, units], right[k, units] = sign * norms, 1
-                left[k, :, units + 1], right[k, units + 1] = sign, norms
+            left[k, :, units], right[k, units] = sign * norms, 1
+            left[k, :, units + 1], right[k, units + 1] = sign, norms
         return tuple(torch.from_numpy(factor).to(self.device, self.dtype) for factor in (left, right))
 
     def sum_rows(self, first: int, end: int) -> np.ndarray:
@@ -207,10 +203,8 @@ class _Kernels:
 
         Each kernel's largest exponent is moved to 0; children of which a sum still vanishes are summed in logarithms.
         """
-        exponents = self._exponents(self._whole(row), row, slice(0, self.n))
-        rests, kids = (
-            e[: k + 1, 0].double() for e, k in zip(exponents, (self.n_parents, self.n_children), strict=True)
-        )
+        rests, kids = self._exponents(self._whole(row), row, slice(0, self.n))
+        rests, kids = rests[: self.n_parents + 1, 0].double(), kids[: self.n_children + 1, 0].double()
         rests, kids = (e - e.amax(1, keepdim=True) for e in (rests, kids))
         sums = kids.exp2() @ rests.exp2().T
         logs = sums.log2()

@@ -32,12 +32,10 @@ ROUNDING = 2.0**-42  # of squared distances, as a share of the largest squared n
 
 
 def scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0, neighbours: int = NEIGHBOURS) -> np.ndarray:
-    """Nearest-neighbour scores of all pairs; see `common.cmi.layer_cmi` for their meaning.
+    """Nearest-neighbour scores of all pairs; see `common.cmi.layer_cmi`. Nothing is random: `seed` is not used.
 
     Parameters
     ----------
-    n_jobs : parallel workers
-    seed : not used; the estimate is deterministic
     neighbours : k, at least 1; with fewer other rows than that, all of them
 
     Returns
