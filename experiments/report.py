@@ -67,7 +67,7 @@ def accuracies(records: list[dict], when: str = "test") -> list[float]:
 
 
 def pruned_percent(record: dict, of: str) -> float:
-    """Pruned percentage of the "masked_layers" or of the "network", by the mask: its file's name has it to two decimals.
+    """Pruned percentage of the "masked_layers" or of the "network", by the mask: in its file's name to two decimals.
 
     Older records count every weight that is 0: also those that a refit left there, as it does of dead inputs.
     """
