@@ -5,7 +5,7 @@ from torch import nn
 from common.data import torchvision
 
 NAME = "resnet50"
-# True: v1, as Keras's weights want it. Files do not tell: to read them with the wrong value costs accuracy, no error.
+# True: v1, as weights of Keras and Caffe want it; no file tells: with the wrong value it loads, and is less accurate.
 STRIDE_IN_1X1 = False
 # What stage 1's --Weights torchvision loads; 76.13 % top-1
 PRETRAINED = None if STRIDE_IN_1X1 else "ResNet50_Weights.IMAGENET1K_V1"
