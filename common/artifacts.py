@@ -5,6 +5,7 @@ Beside each lies a record with its SHA-256 (see `records`); a state carries its 
 
 import hashlib
 import io
+import re
 import zipfile
 from pathlib import Path
 
@@ -112,7 +113,9 @@ def _load(content: bytes, path: Path, what: str, remedy: str):
                     raise ValueError("it is compressed, as torch.save never does")
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile and torch raise whatever a broken or hostile file leads them to
-        raise InputError(f"{path} is not {what} ({reason(error).split('. ')[0]}); {remedy}") from error
+        refused = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
+        why = f"it holds a {refused[1]}" if refused else reason(error).split(". ")[0]
+        raise InputError(f"{path} is not {what} ({why}); {remedy}") from error
 
 
 def load_weights(network: torch.nn.Module, path: Path) -> dict:

@@ -67,7 +67,10 @@ def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit) -> nn.M
 def _moments(source: nn.Module, dense: nn.Module, keys: list[str], split: Split | FileSplit) -> dict[str, tuple]:
     """X'X (d, d) and X'Y (d, c) by key: X what the layer reads in `source`, and 1; Y what it returns in `dense`."""
     layers = {key: plain_layer(dense, key) for key in keys}
-    random, wanted, sums = torch.Generator().manual_seed(0), {}, {key: (0, 0) for key in keys}
+    random, wanted, sums = torch.Generator().manual_seed(0), {}, {}
+    for key, layer in layers.items():
+        outputs, inputs = layer.weight.flatten(1).shape
+        sums[key] = [layer.weight.new_zeros(inputs + 1, n, dtype=torch.float64) for n in (inputs + 1, outputs)]
 
     def remember(key: str, _, returned: Tensor) -> None:
         where = draw_positions(returned, POSITIONS, random)
@@ -77,8 +80,8 @@ def _moments(source: nn.Module, dense: nn.Module, keys: list[str], split: Split 
         where, returned = wanted.pop(key)
         read = rows_at(windows(layers[key], read), where)
         read = torch.cat([read, read.new_ones(len(read), 1)], 1)
-        gram, cross = sums[key]
-        sums[key] = gram + (read.T @ read).double(), cross + (read.T @ returned).double()
+        for total, other in zip(sums[key], (read, returned), strict=True):
+            total += read.T @ other  # in place: of 4,608 inputs it is 170 MB
 
     with forward_hooks(dense, keys, remember), forward_hooks(source, keys, add):
         for images, _ in split.batches(BATCH if any(layer.weight.ndim > 2 for layer in layers.values()) else None):

@@ -72,6 +72,16 @@ def accuracies(records: list[dict], when: str = "test") -> list[float]:
     return [r[when]["accuracy"] for r in records if when in r]
 
 
+def pruned_percent(record: dict, of: str) -> float:
+    """Pruned percentage of the "masked_layers" or of the "network", by the mask: in its file's name to two decimals.
+
+    Older records count every weight that is 0: also those that a refit left there, as it does of dead inputs.
+    """
+    by_mask = float(Path(record["path"]).stem.removeprefix("logits_"))
+    counted = record["pruned_percent_masked_layers"]
+    return record[f"pruned_percent_{of}"] * (by_mask / counted if counted else 1)
+
+
 def mean_std(values: list[float]) -> str:
     """Mean and, of two or more values, sample standard deviation, in words."""
     std = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
@@ -94,7 +104,7 @@ def table(records: list[dict], paper: dict | None = None) -> str:
         rows.append({**EMPTY, "": "**here**", MOMENTS["test"]: "not run yet", "runs": 0})
     for (_, name), found in points.items():
         row = {**EMPTY, "": f"**{name}**", "runs": len(found)}
-        row |= {title: f"{np.mean([r[f'pruned_percent_{of}'] for r in found]):.2f}" for of, title in SPARSITY.items()}
+        row |= {title: f"{np.mean([pruned_percent(r, of) for r in found]):.2f}" for of, title in SPARSITY.items()}
         row |= {title: mean_std(accuracies(found, moment)) for moment, title in MOMENTS.items()}
         rows.append({**row, MEMORY: f"{np.mean([r['memory_mib_masked_layers'] for r in found]):.3f}"})
     return markdown(rows)

@@ -5,7 +5,10 @@ from torch import nn
 from common.data import torchvision
 
 NAME = "resnet50"
-PRETRAINED = "ResNet50_Weights.IMAGENET1K_V1"  # what stage 1's --Weights torchvision loads; 76.13 % top-1
+# True: v1, as weights of Keras and Caffe want it; no file tells: with the wrong value it loads, and is less accurate.
+STRIDE_IN_1X1 = False
+# What stage 1's --Weights torchvision loads; 76.13 % top-1
+PRETRAINED = None if STRIDE_IN_1X1 else "ResNet50_Weights.IMAGENET1K_V1"
 
 
 def _pairs() -> list[tuple[str, str]]:
@@ -65,5 +68,12 @@ def augment() -> list:
 
 
 def build(classes: int = 1000) -> nn.Module:
-    """The network with random weights."""
-    return torchvision().models.resnet50(num_classes=classes)
+    """The network with random weights.
+
+    The first block of stages 2 to 4 halves its map in the 3 x 3 convolution (v1.5, torchvision) or in the 1 x 1
+    convolution before it (v1; He et al., CVPR 2016). Names and shapes are the same.
+    """
+    network = torchvision().models.resnet50(num_classes=classes)
+    for block in (network.layer2[0], network.layer3[0], network.layer4[0]) if STRIDE_IN_1X1 else ():
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+    return network

@@ -4,8 +4,9 @@
 
 Reads train/<wnid>/ and val/<wnid>/ in --Data_dir; val is the test set. Writes to results/resnet50/baseline/<rerun>/:
 logits_best.pkl (the best epoch on held-out images), logits_final.pkl (the last) and their records. With --Weights
-nothing is trained: torchvision's weights, 76.13 % on the test set, or a file's are evaluated and written. Run again, it
-goes on where it was killed; `torchrun --nproc_per_node N train_stage1.py` uses N GPUs.
+nothing is trained: torchvision's weights, 76.13 % on the test set, or a file's are evaluated and written; a file of v1
+weights, such as Keras's, wants STRIDE_IN_1X1 = True in model.py, which nothing in the file can tell. Run again, it goes
+on where it was killed; `torchrun --nproc_per_node N train_stage1.py` uses N GPUs.
 """
 
 import sys

@@ -61,6 +61,12 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path):
     assert not canary.exists()
 
 
+def test_what_is_no_plain_value_is_named(tmp_path):
+    torch.save({"state_dict": {}, "best": np.float32(93)}, tmp_path / "x.pkl")
+    with pytest.raises(InputError, match=r"plain values \(it holds a numpy\.[\w.]+\.scalar\)"):
+        artifacts.load_checkpoint(tmp_path / "x.pkl")
+
+
 @pytest.mark.parametrize("content", [{}, [1], {"state_dict": {"a": 1}}])
 def test_a_checkpoint_without_tensors_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.pkl")

@@ -83,7 +83,7 @@ def test_a_mask_block_is_the_contribution_of_an_input_group(built, rng):
             torch.testing.assert_close(masked[:, ~rows], returned[:, ~rows], rtol=1e-4, atol=1e-4)
 
 
-def literal_inputs(name, network, images):
+def literal_inputs(name, network, images, v1=False):
     """What every layer reads, by the published definitions written out with plain functions."""
     state, reads = network.state_dict(), {}
 
@@ -122,8 +122,8 @@ def literal_inputs(name, network, images):
             for block in range(blocks):
                 stride = 2 if stage > 1 and block == 0 else 1
                 key, shortcut = f"layer{stage}.{block}", x
-                y = norm(conv(x, f"{key}.conv1", 1, 0), f"{key}.bn1").relu()
-                y = norm(conv(y, f"{key}.conv2", stride), f"{key}.bn2").relu()
+                y = norm(conv(x, f"{key}.conv1", stride if v1 else 1, 0), f"{key}.bn1").relu()
+                y = norm(conv(y, f"{key}.conv2", 1 if v1 else stride), f"{key}.bn2").relu()
                 y = norm(conv(y, f"{key}.conv3", 1, 0), f"{key}.bn3")
                 if block == 0:
                     shortcut = norm(conv(x, f"{key}.downsample.0", stride, 0), f"{key}.downsample.1")
@@ -143,6 +143,20 @@ def test_parents_are_what_the_children_read(built):
     assert set(found) <= set(expected)
     for key, (read, _) in found.items():
         torch.testing.assert_close(read, expected[key], rtol=1e-3, atol=1e-3)
+
+
+def test_resnet50_v1_takes_the_same_weights_with_strides_in_1x1_convolutions(monkeypatch):
+    """The layers read what the published definition of v1 says, which differs from v1.5's."""
+    model = model_of("resnet50")
+    weights, images = model.build(2).state_dict(), torch.rand(2, 3, SIDE["resnet50"], SIDE["resnet50"])
+    monkeypatch.setattr(model, "STRIDE_IN_1X1", True)
+    network = model.build(2).eval()
+    network.load_state_dict(weights)
+    found = seen_by_layers(network, list(model.GROUPS), images)
+    expected, other = (literal_inputs("resnet50", network, images, v1=v1) for v1 in (True, False))
+    for key, (read, _) in found.items():
+        torch.testing.assert_close(read, expected[key], rtol=1e-3, atol=1e-3)
+    assert found["layer2.0.conv2.weight"][0].shape != other["layer2.0.conv2.weight"].shape
 
 
 def test_the_largest_default_share_is_within_the_limits(built, rng):

@@ -57,6 +57,18 @@ def test_table_has_mean_and_sample_deviation_of_finished_runs(records):
     assert "| **random** | 90.00 | 22.50 | 10.00 | 20.00 | 95.00 | 0.100 | 1 |" in lines
 
 
+def test_shares_are_the_masks_where_older_records_count_other_zeros():
+    """Records of refits from before shares came from the mask; no other committed record differs from its mask."""
+    record = run("magnitude", 90, 95, pruned_percent_masked_layers=90.09, pruned_percent_network=22.5225)
+    record["path"] = "net/magnitude/0/logits_90.00.json"
+    assert "| **magnitude** | 90.00 | 22.50 |" in report.table([record])
+    for file in sorted(files.RESULTS.glob("*.jsonl")):
+        for path, record in collect.read(file).items():
+            if record["stage"] == 3:
+                more = record["pruned_percent_masked_layers"] - report.pruned_percent(record, "masked_layers")
+                assert abs(more) < 0.0051 or (0 < more < 0.09 and record["arguments"]["Refit"]), path
+
+
 def test_published_figures_stand_above(records):
     points = [{"name": "MINT", "pruned_percent": 90, "accuracy": 96.5, "memory_mib": 0.5}]
     lines = report.table(records, {"pruned_of": "network", "points": points}).splitlines()
