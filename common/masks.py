@@ -341,6 +341,9 @@ def sparsity_report(network: nn.Module, mask: Mask) -> dict:
         "pruned_percent_masked_layers": mask.percent_pruned(),
         "pruned_percent_network": mask.percent_pruned(of=weight_count(network)),
         "pruned_percent_by_layer": mask.pruned_by_layer(),
+        "kept_weights_that_are_0": sum(
+            int((network.get_parameter(key)[kept] == 0).sum()) for key, kept in mask.items()
+        ),
         "memory_mib_masked_layers": memory(modules),
         "memory_mib_network": memory(list(network.modules())),
     }

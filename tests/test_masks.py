@@ -353,6 +353,7 @@ def test_sparsity_is_the_mask_s(net):
     assert report["pruned_percent_network"] == report["pruned_percent_masked_layers"]  # all weights are in them
     by_layer = {key: 100 * (~kept).float().mean().item() for key, kept in mask.items()}
     assert report["pruned_percent_by_layer"] == pytest.approx(by_layer, rel=1e-5)
+    assert report["kept_weights_that_are_0"] == int(mask["conv.weight"].sum())
 
 
 def test_memory_is_the_papers():
