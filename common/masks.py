@@ -310,14 +310,15 @@ class Mask(dict):
         This is all that holds a mask: names in the state_dict stay plain, and whatever momentum or weight decay add to
         a masked weight is gone before the next forward pass.
         """
-        masked = [(network.get_parameter(key), ~kept) for key, kept in self.items()]
+        weights = [network.get_parameter(key) for key in self]
+        gone = [torch.empty_like(weight).copy_(~self[key]) for key, weight in zip(self, weights, strict=True)]
 
         @torch.no_grad()
         def zero(*_) -> None:
-            for weight, gone in masked:
-                weight.masked_fill_(gone, 0)
+            torch._foreach_addcmul_(weights, weights, gone, value=-1)  # w - w, never -0: all layers at once
 
-        optimizer.register_step_post_hook(zero)
+        if weights:
+            optimizer.register_step_post_hook(zero)
 
     def pruned_by_layer(self) -> dict[str, float]:
         """Percentage of every masked layer's weights that is pruned."""
