@@ -11,6 +11,7 @@ from conftest import model_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from common import activations, parallel, refit
 from common.cmi import kde
@@ -25,7 +26,7 @@ CUDA, META = 1, 14  # numbers of kinds of devices in torch
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations after which Python knows values, so that it has waited for the device."""
+    """Notes operations after which Python knows values, so that it has waited for the device, and on two devices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,11 +35,14 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
         name = operation.overloadpacket.__name__
-        moved = isinstance(result, torch.Tensor) and args and isinstance(args[0], torch.Tensor)
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        devices = {tensor.device.type for tensor in read if tensor.ndim}
         if name in ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "equal"):
             self.found.append(name)
-        elif moved and result.device.type == "cpu" and args[0].device.type == "cuda":
+        elif getattr(result, "is_cpu", False) and "cuda" in devices:
             self.found.append(f"{name} to the CPU")
+        elif len(devices) > 1 and name != "copy_":
+            self.found.append(f"{name} of two devices")
         return result
 
 
@@ -46,8 +50,8 @@ class Waits(TorchDispatchMode):
 def gpu(monkeypatch):
     """Within it, tensors "on" a GPU have shapes, kinds and a device, no values: torch checks them without the hardware.
 
-    A build of torch for CPUs has nothing that switches between GPUs: the switch that does nothing takes its place.
-    Nor has it a backward pass there: every gradient is 0.
+    A build of torch for CPUs has nothing that switches between GPUs: the switch that does nothing takes its place, so
+    "cuda" without a number is unknown. Nor has it a backward pass there: every gradient is 0.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
     switches = (ctypes.c_void_p * (META + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
@@ -144,10 +148,10 @@ def test_moments_of_the_refit_are_of_one_device(gpu, folder):
 def test_scores_are_of_one_device(gpu, monkeypatch, rng, precision):
     monkeypatch.setattr(kde, "_usable", torch.device)
     monkeypatch.setattr(torch, "nonzero", lambda values: torch.empty(0))
-    monkeypatch.setattr(torch.Tensor, "baddbmm_", lambda sums, a, b: sums.add_(torch.bmm(a, b)))
+    monkeypatch.setattr(FakeTensor, "__setitem__", lambda tensor, _, value: tensor.fill_(value), raising=False)
     layer = Layer(rng.normal(size=(40, 4)), rng.normal(size=(40, 6)), np.arange(4) // 2, np.arange(6) // 2)
     with Waits() as waits:
-        assert kde.scores(layer, precision=precision, device="cuda").shape == (2, 3)
+        assert kde.scores(layer, precision=precision, device="cuda:0").shape == (2, 3)
     assert waits.found == ["_to_copy to the CPU"]  # the sums, once a tile
 
 
