@@ -308,17 +308,14 @@ class Mask(dict):
         """Keep the masked weights at exactly 0 after every step of the optimizer.
 
         This is all that holds a mask: names in the state_dict stay plain, and whatever momentum or weight decay add to
-        a masked weight is gone before the next forward pass.
+        a masked weight is gone before the next forward pass. Weights are multiplied as the integers that their bits are:
+        infinities, NaN and negative ones become +0 too.
         """
-        weights = [network.get_parameter(key) for key in self]
-        gone = [torch.empty_like(weight).copy_(~self[key]) for key, weight in zip(self, weights, strict=True)]
-
-        @torch.no_grad()
-        def zero(*_) -> None:
-            torch._foreach_addcmul_(weights, weights, gone, value=-1)  # w - w, never -0: all layers at once
-
-        if weights:
-            optimizer.register_step_post_hook(zero)
+        weights = [network.get_parameter(key).detach() for key in self]
+        bits = [weight.view(getattr(torch, f"int{8 * weight.itemsize}")) for weight in weights]
+        kept = [torch.empty_like(own).copy_(self[key]) for key, own in zip(self, bits, strict=True)]
+        if bits:
+            optimizer.register_step_post_hook(lambda *_: torch._foreach_mul_(bits, kept))  # all layers at once
 
     def pruned_by_layer(self) -> dict[str, float]:
         """Percentage of every masked layer's weights that is pruned."""
