@@ -308,8 +308,8 @@ class Mask(dict):
         """Keep the masked weights at exactly 0 after every step of the optimizer.
 
         This is all that holds a mask: names in the state_dict stay plain, and whatever momentum or weight decay add to
-        a masked weight is gone before the next forward pass. Weights are multiplied as the integers that their bits are:
-        infinities, NaN and negative ones become +0 too.
+        a masked weight is gone before the next forward pass. The weights' bits are multiplied as integers: NaN becomes
+        +0 too.
         """
         weights = [network.get_parameter(key).detach() for key in self]
         bits = [weight.view(getattr(torch, f"int{8 * weight.itemsize}")) for weight in weights]

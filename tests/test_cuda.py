@@ -2,18 +2,19 @@
 
 import copy
 import ctypes
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import model_of
+from conftest import ROOT, model_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common import activations, parallel, refit
+from common import activations, cli, parallel, refit
 from common.cmi import kde
 from common.cmi.inputs import Layer
 from common.data import Split, crop_and_flip
@@ -92,15 +93,18 @@ def masks_of(network, count=3):
     return Mask({key: torch.ones_like(network.get_parameter(key), dtype=torch.bool) for key in keys})
 
 
-@pytest.mark.parametrize("opt", ["sgd", "adam"])
-@pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("folder", ["vgg16", "resnet56"])
-def test_a_step_of_training_waits_for_nothing(gpu, monkeypatch, folder, amp, opt):
+@pytest.mark.parametrize(
+    ("folder", "opt", "amp"),
+    [("vgg16", "sgd", False), ("vgg16", "adam", True), ("resnet56", "sgd", True), ("resnet56", None, False)],
+)
+def test_a_step_of_training_waits_for_nothing(gpu, monkeypatch, folder, opt, amp):
+    """With torch's own SGD, not fused, too."""
     model = model_of(folder)
     network, split, kinds = on_gpu(model.build(10)), images_on_gpu(), []
     mask = masks_of(network)
     mask.apply(network)
-    optimizer = make_optimizer(opt, network.parameters(), 0.1, 1e-4, True)
+    weights = network.parameters()
+    optimizer = make_optimizer(opt, weights, 0.1, 1e-4, True) if opt else torch.optim.SGD(weights, 0.1, momentum=0.9)
     mask.hold(network, optimizer)
     schedule = make_schedule(optimizer, "one-cycle", 1, 3, [], 0.1, 0.3)
     network.register_forward_hook(lambda _module, _read, logits: kinds.append(logits.dtype))
@@ -262,6 +266,16 @@ def test_only_a_single_gpu_replays_graphs(gpu, monkeypatch):
     monkeypatch.setattr(parallel, "size", lambda: 2)
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda network, **_: network)
     assert parallel.wrap(network) is network
+
+
+@pytest.mark.parametrize(("flag", "compiles"), [((), False), (("--Compile",), True)])
+def test_images_that_are_read_as_needed_are_trained_on_without_graphs(photographs, monkeypatch, flag, compiles):
+    """The thread that pins their memory would end the capture, and the capture that thread."""
+    flags = ["--Data_dir", str(photographs), "--Dims", "2", "--Select", "last", *flag]
+    monkeypatch.setattr(sys, "argv", ["train_stage1.py", *flags])
+    args = cli.parse(str(ROOT / "resnet50/train_stage1.py"), "", model_of("resnet50"), stage=1)
+    cli.load_data(args)
+    assert args.Compile is compiles
 
 
 def test_compiled_training_compiles_each_size_of_batch_once(coloured):
