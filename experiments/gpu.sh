@@ -34,6 +34,7 @@ for way in "" --no-Compile; do # with CUDA graphs; where that fails, without. Im
     (cd resnet56 && limited "$PYTHON" train_stage1.py $TRAIN_FLAGS $way --Data_dir "$DATA_DIR" --Select last --Epoch 1 \
         --Milestones 1 --Classes cat ship --Save_dir "gpu/look$way") > "$logs/look$way.log" 2>&1 &&
         echo "$way" > "$logs/way" || note "look$way"
+    rm -rf "$logs/look$way" # no experiment
 done
 TRAIN_FLAGS="$TRAIN_FLAGS $(cat "$logs/way")" || { echo "Nothing runs:$failed"; exit 1; }
 
