@@ -27,7 +27,12 @@ from common.training import make_optimizer, make_schedule, train_epoch
 from output import FOLDER, save
 
 CIFAR_IMAGES, ROUNDS = 50_000, 3
-WAYS = {"float32": {}, "bfloat16": {"amp": True}, "bfloat16, compiled": {"amp": True, "compile": True}}
+WAYS = {  # bfloat16 or not; how it is launched: see `parallel.wrap`
+    "float32": (False, False),
+    "bfloat16": (True, False),
+    "bfloat16, CUDA graphs": (True, None),
+    "bfloat16, compiled": (True, True),
+}
 
 
 def network_of(name: str, classes: int, device: torch.device) -> torch.nn.Module:
@@ -68,15 +73,15 @@ def measure(name: str, split: Split, batch: int, batches, device: torch.device, 
     plain = network_of(name, classes, device)
     optimizer = torch.optim.SGD(plain.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
     work = {"plain DataLoader loop, float32": lambda: plain_epoch(plain, optimizer, batches, device)}
-    for way, options in WAYS.items():
-        if options.get("compile") and device.type == "cpu":
+    for way, (amp, compile) in WAYS.items():
+        if compile is not False and device.type == "cpu":
             continue
         network = network_of(name, classes, device).to(memory_format=torch.channels_last)
         ours = make_optimizer("sgd", network.parameters(), 0.01, 1e-4, True)
         schedule = make_schedule(ours, "steps", 1, split.steps(batch), [], 1.0, 0.0)
-        trained = parallel.wrap(network, compile=options.get("compile", False))
-        work[way] = lambda trained=trained, ours=ours, schedule=schedule, options=options: train_epoch(
-            trained, ours, schedule, split.shuffled(batch, 0, augment), loss, amp=options.get("amp", False)
+        trained = parallel.wrap(network, compile=compile)
+        work[way] = lambda trained=trained, ours=ours, schedule=schedule, amp=amp: train_epoch(
+            trained, ours, schedule, split.shuffled(batch, 0, augment), loss, amp=amp
         )
     times = {way: [] for way in work}
     for _ in range(ROUNDS + 1):

@@ -230,9 +230,10 @@ def block_taylor(network: nn.Module, blocks: dict[str, Blocks], split: Split | F
         for outputs, gradients in _gradients(network, list(blocks), split, loss):
             for key, gradient in gradients.items():
                 changes = _weight_times_gradient(plain_layer(network, key), read.pop(key), gradient)
+                labels = blocks[key].child_groups, blocks[key].parent_groups
+                counts = blocks[key].weights.shape
                 children, parents = (
-                    F.one_hot(torch.from_numpy(groups)).to(changes)
-                    for groups in (blocks[key].child_groups, blocks[key].parent_groups)
+                    F.one_hot(torch.from_numpy(g), n).to(changes) for g, n in zip(labels, counts, strict=True)
                 )
                 sums[key] = sums[key] + (children.T @ changes @ parents).double().square().sum(0)
             count += len(outputs[None])

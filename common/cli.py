@@ -91,6 +91,7 @@ COUNT, SHARE, INDEX = number(int, 1, MOST), number(float, 0, 1), number(int, 0, 
 POSITIVE = number(float, 0, above=True)
 CORES = joblib.cpu_count()  # that this process may use
 MANY = {"nargs": "+"}
+COMPILE = "train through torch.compile: slow to start; --no-Compile: nor by the CUDA graphs that a single GPU replays"
 BY_LAYER = "one for all pairs, or one per pair (default: model.py's, by layer)"
 GO_ON = "the same command goes on from what is written"
 SWITCH, ON = {"action": Switch}, {"action": "store_true"}
@@ -179,7 +180,7 @@ MACHINE = {
     "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (default: cpu)"),
     "Workers": _flag("13", number(int, 0, 1024), "processes that read images that are not in memory", min(8, CORES)),
     "Amp": _flag("13", None, "train in bfloat16 where safe (default: on GPUs that have it)", **SWITCH),
-    "Compile": _flag("13", None, "train through torch.compile: slow to start, then faster on GPUs", **ON),
+    "Compile": _flag("13", None, COMPILE, **SWITCH),
     "Resume": _flag("13", None, "go on where a killed run was", True, **SWITCH),
 }
 HELP = {
@@ -337,7 +338,7 @@ def recorded(args: argparse.Namespace) -> dict:
 
 
 def load_data(args: argparse.Namespace, checkpoint: dict | None = None) -> Data:
-    """The data set, split as the flags ask for, on the chosen device; settles --Amp, whose default depends on it.
+    """The data set, split as the flags ask for, on the chosen device; settles --Amp and --Compile, which depend on it.
 
     Refuses a wrong number of classes, and a checkpoint of other data or of images that are now held out.
     """
@@ -353,6 +354,8 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None = None) -> Data:
     reading = {"workers": args.cores if args.stage == 2 else args.Workers, "skip": given["skip_unreadable"]}
     options = {"val_size": val_size, "device": on, "classes": given["classes"]}
     data = load(given["dataset"], given["data_dir"], **options, **reading)
+    if args.stage != 2 and isinstance(data.train, FileSplit):  # threads that pin memory spoil the capture of a graph
+        args.Compile = bool(args.Compile)
     if given["dims"] != data.classes:
         raise InputError(f"`dims` {given['dims']}: {data.name} has {data.classes} classes")
     for name, now in trained_on(data).items():

@@ -313,16 +313,14 @@ class Mask(dict):
         """Keep the masked weights at exactly 0 after every step of the optimizer.
 
         This is all that holds a mask: names in the state_dict stay plain, and whatever momentum or weight decay add to
-        a masked weight is gone before the next forward pass.
+        a masked weight is gone before the next forward pass. The weights' bits are multiplied as integers: NaN becomes
+        +0 too.
         """
-        masked = [(network.get_parameter(key), ~kept) for key, kept in self.items()]
-
-        @torch.no_grad()
-        def zero(*_) -> None:
-            for weight, gone in masked:
-                weight.masked_fill_(gone, 0)
-
-        optimizer.register_step_post_hook(zero)
+        weights = [network.get_parameter(key).detach() for key in self]
+        bits = [weight.view(getattr(torch, f"int{8 * weight.itemsize}")) for weight in weights]
+        kept = [torch.empty_like(own).copy_(self[key]) for key, own in zip(self, bits, strict=True)]
+        if bits:
+            optimizer.register_step_post_hook(lambda *_: torch._foreach_mul_(bits, kept))  # all layers at once
 
     def pruned_by_layer(self) -> dict[str, float]:
         """Percentage of every masked layer's weights that is pruned."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.cmi.inputs import out_of_memory
 from common.errors import InputError, reason
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # it sets all; a cluster some of them
@@ -108,10 +109,48 @@ def place(network: nn.Module, device: torch.device) -> nn.Module:
     return network
 
 
-def wrap(network: nn.Module, *, compile: bool = False, **options) -> nn.Module:
-    """A module to train: has the network's weights, averages gradients over processes, may be compiled with options."""
-    wrapped = nn.parallel.DistributedDataParallel(network) if size() > 1 else network
-    return torch.compile(wrapped, **options) if compile else wrapped
+class Graphed(nn.Module):
+    """A network that one GPU replays as two CUDA graphs, forward and backward: small operations take longer to launch.
+
+    Only batches of the first one's shape: others, such as an epoch's last, run as ever. Loss and optimizer stay
+    outside. What is captured is repeated: the network must not depend on values or on Python's own random numbers.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.replay, self.shape = network, None, None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.replay is None:
+            self.replay, self.shape = self._capture(images), images.shape
+        return self.replay(images) if images.shape == self.shape else self.network(images)
+
+    def _capture(self, images: Tensor) -> nn.Module:
+        """A double of the network that replays; trials move random numbers and statistics, which are put back."""
+        double, buffers = nn.Sequential(self.network), [(buffer, buffer.clone()) for buffer in self.network.buffers()]
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # trials have a stream of their own
+        try:
+            with torch.random.fork_rng([images.device]):
+                torch.cuda.make_graphed_callables(double, (images.clone(),), allow_unused_input=True)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            raise InputError(f"no CUDA graph of this network ({reason(error)}); train with `no-compile`") from error
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        return double
+
+
+def wrap(network: nn.Module, *, compile: bool | None = None, **options) -> nn.Module:
+    """A module to train: has the network's weights, averages gradients over processes.
+
+    `compile` sends it through torch.compile, with options; None: a single GPU replays CUDA graphs; False: as it is.
+    """
+    if size() > 1:
+        network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)  # once an epoch will do
+    elif compile is None and next(network.parameters()).is_cuda:
+        return Graphed(network)
+    return torch.compile(network, dynamic=False, **options) if compile else network
 
 
 def broadcast_buffers(network: nn.Module) -> None:

@@ -1,6 +1,5 @@
 """One epoch of training, evaluation, and learning-rate schedules; the recipe is the scripts'."""
 
-import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -71,7 +70,7 @@ def train_epoch(
     device = next(network.parameters()).device
     images_seen, loss_sum, correct = 0, torch.zeros((), device=device), torch.zeros((), device=device)
     for images, labels, rows in tqdm(batches, unit="batch", leave=False, disable=parallel.quiet()):
-        with torch.autocast(device.type, torch.bfloat16) if amp else contextlib.nullcontext():
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):  # a graph forbids a cache
             logits = network(images)
         batch_loss = loss(logits.float(), labels)
         optimizer.zero_grad(set_to_none=True)

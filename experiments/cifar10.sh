@@ -42,4 +42,4 @@ for share in $shares; do
                 "--Retrain_mask $folder/baseline/$seed/0/I_parent_cmi.npy --Save_dir $folder/$criterion/$seed"
         done
     done
-done | xargs -P "$jobs" -I {} sh -c '{}'
+done | xargs -P "$jobs" -I {} sh -c '{} || { echo "FAILED: {}"; exit 1; }'

@@ -60,8 +60,10 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x[:, :, :: self.stride, :: self.stride]
-        shortcut = nn.functional.pad(shortcut, (0, 0, 0, 0, self.padding, self.padding))
+        shortcut = x
+        if self.padding:
+            skipped = x[:, :, :: self.stride, :: self.stride]
+            shortcut = nn.functional.pad(skipped, (0, 0, 0, 0, self.padding, self.padding))
         return (self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())) + shortcut).relu()
 
 

@@ -175,7 +175,7 @@ class _Kernels:
         kernels are at least 1, however far from all others a row is.
         """
         whole = self.whole[0][0, rows] @ self.whole[1][0]
-        whole[range(len(whole)), range(rows.start, rows.stop)] = -torch.inf
+        whole.diagonal(rows.start).fill_(-torch.inf)
         return whole.sub_(whole.amax(1, keepdim=True))
 
     def _exponents(self, whole: Tensor, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
