@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from common import parallel
+from common.cmi.inputs import out_of_memory
 from common.data import FileSplit, Split
-from common.errors import InputError
+from common.errors import InputError, reason
 from common.masks import KINDS, plain_layer
 
 FIRST_IMAGES = 1000  # among which two are looked for: a data set of millions is not listed for two
@@ -135,11 +136,16 @@ def output_sensitivity(
     random = torch.Generator().manual_seed(seed)
     count, slopes = 0, dict.fromkeys(keys, 0)
     sums, squares = dict.fromkeys([*keys, None], 0), dict.fromkeys([*keys, None], 0)
-    with forward_hooks(network, keys, lambda key, _, output: outputs.update({key: output})):
+    with forward_hooks(network, keys, lambda key, _, output: outputs.update({key: output.requires_grad_()})):
         for images, _ in split.batches(SENSITIVITY_BATCH):
             outputs[None] = logits = network(images)
             combination = (logits * torch.randn(logits.shape, generator=random).to(logits.device)).sum()
-            gradients = torch.autograd.grad(combination, [outputs[key] for key in keys])
+            try:  # 0 of layers that reach no output
+                gradients = torch.autograd.grad(combination, [outputs[key] for key in keys], materialize_grads=True)
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                raise InputError(f"the network's outputs have no slopes in its layers ({reason(error)})") from error
             for key, gradient in zip(keys, gradients, strict=True):
                 slope = gradient.flatten(2).sum(2) if gradient.ndim > 2 else gradient
                 slopes[key] = slopes[key] + slope.double().square().sum(0)
