@@ -15,6 +15,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import zipfile
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import artifacts, cli, datasets, records
 from common.errors import InputError
 from trials import TRAIN, TRIALS, Code, artefacts, counted, finish, forked, model, parsed

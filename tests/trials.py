@@ -55,7 +55,8 @@ def counted(trial: Callable[[np.random.Generator, Path], None], numbers: Iterabl
     found = {"tried": 0, "right": 0, "refused": 0, "other_ends": 0}
     for number in numbers:
         end, said = "right", ""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of tensors and layers that it means to drop
             try:
                 trial(np.random.default_rng(number), Path(folder))
             except InputError as error:
@@ -430,7 +431,7 @@ MUST, MAY, NEVER = "must", "may", "never"  # be read; what is read has the same 
 TENSORS = {
     "as it is": (MUST, lambda t: t),
     "parameter": (MUST, nn.Parameter),
-    "transposed": (MUST, lambda t: t.T.contiguous().T),
+    "transposed": (MUST, lambda t: t.mT.contiguous().mT if t.ndim > 1 else t),
     "sliced": (MUST, sliced),
     "channels last": (MUST, lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t),
     **{str(dtype): (MUST, lambda t, dtype=dtype: t.to(dtype)) for dtype in (torch.float64, torch.half, torch.bfloat16)},
@@ -442,7 +443,6 @@ TENSORS = {
     "coo": (MAY, lambda t: t.to_sparse()),
     "csr": (MAY, lambda t: t.to_sparse_csr() if t.ndim == 2 else t.to_sparse()),
     "bsr": (MAY, lambda t: t.to_sparse_bsr((1, 1)) if t.ndim == 2 else t.to_sparse()),
-    "mkldnn": (MAY, lambda t: t.detach().to_mkldnn()),
     "quantised": (MAY, lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)),
     "complex": (NEVER, lambda t: torch.complex(t, t + 1)),
     "conjugated": (NEVER, lambda t: torch.complex(t, t + 1).conj()),
@@ -471,7 +471,7 @@ def weights_file(rng: np.random.Generator, state: dict) -> tuple[dict, bool, str
         saved[key] = change(saved[key])
         fate = max(fate, expected, key=(MUST, MAY, NEVER).index)
         if expected != NEVER:
-            dense = {"quantised": "dequantize", **dict.fromkeys(("coo", "csr", "bsr", "mkldnn"), "to_dense")}
+            dense = {"quantised": "dequantize", **dict.fromkeys(("coo", "csr", "bsr"), "to_dense")}
             state[key] = getattr(saved[key].detach(), dense.get(kind, "clone"))().float()
     if fate == MUST and rng.random() < 0.1:  # all in one memory
         parts = torch.cat([t.flatten() for t in state.values()]).split([t.numel() for t in state.values()])
@@ -485,11 +485,9 @@ def weights_file(rng: np.random.Generator, state: dict) -> tuple[dict, bool, str
         fate = NEVER
     own = bool(rng.random() < 0.3)
     if not own:
-        prefix = str(
-            rng.choice(["", "", "", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "net."])
-        )
+        prefix = "".join(rng.choice(["", "", "module.", "_orig_mod.", *["net."] * (rng.random() < 0.1)], 2))
         saved = {prefix + key if isinstance(key, str) else key: value for key, value in saved.items()}
-        fate = NEVER if prefix == "net." else fate
+        fate = NEVER if "net." in prefix else fate
     if rng.random() < 0.5:
         saved = OrderedDict(saved)
     for wrapper in ["state_dict"] if own else rng.choice([*artifacts.WRAPPERS, "weights"], rng.integers(3)):
@@ -498,7 +496,7 @@ def weights_file(rng: np.random.Generator, state: dict) -> tuple[dict, bool, str
             "lr": 0.1,
             "name": "x\ny",
             "best": None,
-            "optimizer": {"state": {0: {"step": torch.ones(())}}},
+            "optimizer": {"state": {0: {"step": torch.ones(1)}}},
         }
         saved = {**(more if rng.random() < 0.5 else {}), str(wrapper): saved}
         fate = NEVER if wrapper == "weights" else fate
@@ -508,10 +506,8 @@ def weights_file(rng: np.random.Generator, state: dict) -> tuple[dict, bool, str
 def foreign_checkpoint(rng: np.random.Generator, folder: Path) -> None:
     """A file of weights as programs write them: the same values are in the network afterwards, or none."""
     torch.manual_seed(rng.integers(2**31))
-    network, path = (
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5)),
-        folder / "x.pth",
-    )
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
+    path = folder / "x.pth"
     state = {key: torch.rand_like(value, dtype=torch.float) * 4 + 0.5 for key, value in network.state_dict().items()}
     state["1.num_batches_tracked"] = network.state_dict()["1.num_batches_tracked"]
     content, own, fate = weights_file(rng, state)
@@ -522,25 +518,20 @@ def foreign_checkpoint(rng: np.random.Generator, folder: Path) -> None:
         content["more"], fate = odd[rng.integers(2, len(odd))], max(fate, MAY, key=(MUST, MAY, NEVER).index)
     elif rng.random() < 0.05:
         content[artifacts.WRAPPERS[0]], fate = content, NEVER  # that holds itself
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            torch.save(content, path, _use_new_zipfile_serialization=bool(rng.random() < 0.8))
-        except Exception:
-            raise InputError("torch itself does not save it") from None
-        before = copy.deepcopy(network.state_dict())
-        try:
-            with refusal_only_if(fate != MUST, naming=path.name), at_most(HANGS):
-                if own:
-                    artifacts.load_weights(network, path)
-                else:
-                    loaded = artifacts.load_checkpoint(path, foreign=True)["state_dict"]
-                    artifacts.load_state_dict(network, loaded, path)
-        except InputError:
-            torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
-            raise
-        finally:
-            assert not (folder / "executed").exists()
+    torch.save(content, path, _use_new_zipfile_serialization=bool(rng.random() < 0.8))
+    before = copy.deepcopy(network.state_dict())
+    try:
+        with refusal_only_if(fate != MUST, naming=path.name), at_most(HANGS):
+            if own:
+                artifacts.load_weights(network, path)
+            else:
+                loaded = artifacts.load_checkpoint(path, foreign=True)["state_dict"]
+                artifacts.load_state_dict(network, loaded, path)
+    except InputError:
+        torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+        raise
+    finally:
+        assert not (folder / "executed").exists()
     assert fate != NEVER, "was read"
     for key, value in network.state_dict().items():
         assert torch.equal(value, state[key].to(value.dtype)) or key.endswith("tracked"), key
