@@ -2,7 +2,7 @@
 
     python tests/campaigns.py [--kills N] [--flips N] [--own_networks N] ... [--record FILE]
 
-N kills of each stage, N ways to damage each kind of file, N random trials of each kind in trials.py. Tests run short
+N kills of each stage, N ways to damage each kind of file, N random trials of each kind in TRIALS. The tests run short
 campaigns; `make soak` runs long ones and writes results/soak.json.
 """
 
@@ -26,9 +26,20 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import trials
 from common import artifacts, cli, datasets, records
 from common.errors import InputError
-from trials import TRAIN, TRIALS, Code, artefacts, counted, finish, forked, model, parsed
+from random_networks import own_network
+from trials import TRAIN, Code, artefacts, counted, finish, forked, model, parsed
+
+TRIALS = {
+    "files": trials.random_file,
+    "command_lines": trials.command_line,
+    "image_trees": trials.image_tree,
+    "checkpoints": trials.foreign_checkpoint,
+    "environments": trials.environment,
+    "own_networks": own_network,
+}
 
 GROUPS = "--parent_clusters 50 --children_clusters 30".split()
 

@@ -245,7 +245,9 @@ def test_a_thin_picture_takes_no_more_memory_than_another(tmp_path, size):
             grown = min(grown, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
         finally:
             os._exit(grown)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) < 100  # MiB; scaled whole it is a gigabyte
+    assert (
+        os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) < 250
+    )  # MiB, with what is loaded meanwhile; scaled whole it is a gigabyte
 
 
 @pytest.fixture

@@ -62,6 +62,9 @@ KINDS = [
 ]
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch tells that it copies
+
+
 @pytest.fixture(params=KINDS, ids=lambda kind: str(kind[0]))
 def network(request, split):
     network = flat(copy.deepcopy(request.param[0]), **request.param[1])

@@ -1,7 +1,7 @@
-"""Random trials: files, folders, checkpoints, environments and networks as nobody would think of them.
+"""Random trials: files, folders of images, checkpoints and environments as nobody would think of them.
 
 A trial gets random numbers and an empty folder, and returns if what it tried came out right; an InputError of one line
-is a refusal, and anything else a fault. `counted(own_network, [17])` repeats number 17.
+is a refusal, and anything else a fault. `counted(image_tree, [17])` repeats number 17.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import contextlib
 import copy
 import hashlib
 import io
-import itertools
 import os
 import runpy
 import signal
@@ -18,26 +17,22 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.utils import prune
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "mlp")]
 import model
-from common import activations, artifacts, cli, datasets, records, refit, scoring
-from common.cmi import layer_cmi
-from common.data import IMAGENET, Split, load
+from common import artifacts, cli, datasets, records
+from common.data import IMAGENET, load
 from common.errors import InputError
-from common.masks import CRITERIA, KINDS, Mask, contiguous_blocks, rank, select_blocks
 
 torch.set_num_threads(1)  # and no other threads, so that processes may be forked
 TRAIN = "--Dataset DIGITS --Val_size 200 --Epoch 4 --Batch_size 128".split()
@@ -251,24 +246,12 @@ def damaged(kind: str, path: Path) -> None:
     elif kind == "a link to itself":
         path.symlink_to(path)
     else:
-        contents = {
-            "empty": b"",
-            "cut off": content[:-60],
-            "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-        }
-        path.write_bytes(contents[kind])
+        postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+        path.write_bytes({"empty": b"", "cut off": content[:-60], "PostScript": postscript}[kind])
 
 
-DAMAGE = (
-    "a chunk's length",
-    "a bomb",
-    "a pipe",
-    "a link to nowhere",
-    "a link to itself",
-    "empty",
-    "cut off",
-    "PostScript",
-)
+DAMAGE = ("a chunk's length", "a bomb", "a pipe", "a link to nowhere", "a link to itself")
+DAMAGE += ("empty", "cut off", "PostScript")
 GREYS = [("PNG", mode) for mode in ("L", "RGB", "P", "LA", "RGBA")] + [("TIFF", "CMYK"), ("JPEG", "L"), ("GIF", "L")]
 GREYS += [(kind, "RGB") for kind in ("BMP", "TIFF", "PPM", "WEBP", "JPEG")]
 STEP = 8  # of two greys, more than any format loses
@@ -332,9 +315,8 @@ def random_tree(root: Path, test: str, rng: np.random.Generator, side: int | Non
             for k in range(rng.integers(not odd or rng.random() < 0.9, 5)):
                 below = folder / str(rng.choice(["deep.png", "deep/er", ".deep"])) if rng.random() < 0.15 else folder
                 below.mkdir(parents=True, exist_ok=True)
-                end = rng.choice(
-                    [".txt", "\n.png", "\udcfe.bmp", *[".png", ".JPG", ".tif", ".WebP"] * (5 if k else 50)]
-                )
+                usual = [".png", ".JPG", ".tif", ".WebP"] * (5 if k else 50)
+                end = rng.choice([".txt", "\n.png", "\udcfe.bmp", *usual])
                 path = below / f"{'.' * (rng.random() < 0.03)}{k}{end}"
                 known[str(path)] = tree_file(path, rng, side)
             if rng.random() < 0.15:
@@ -412,9 +394,8 @@ def image_tree(rng: np.random.Generator, folder: Path) -> None:
 def seen(split) -> Counter:
     """How often each label and grey is among the images of a split."""
     found = Counter()
-    mean, std = (
-        (split.mean, split.std) if hasattr(split, "mean") else (torch.tensor(v)[:, None, None] for v in IMAGENET)
-    )
+    customary = (torch.tensor(v)[:, None, None] for v in IMAGENET)
+    mean, std = (split.mean, split.std) if hasattr(split, "mean") else customary
     for images, labels in split.batches(3):
         assert images.isfinite().all()
         greys = ((images * std + mean).mean((1, 2, 3)) * 255 / STEP).round().int()
@@ -614,13 +595,7 @@ def environment(rng: np.random.Generator, folder: Path) -> None:
     fresh, wanted = bool(rng.random() < 0.1), undisturbed()
     changed = settings(LATE, rng, 0.1) | (settings(EARLY, rng, 0.2) if fresh else {})
     if rng.random() < 0.5:
-        changed |= {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "free",
-        }
+        changed |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "::1", "MASTER_PORT": "free"}
         changed |= dict(list(settings(LATE, rng, 0.3).items())[:2])
     help_only, out = bool(rng.random() < 0.3), folder / str(rng.choice(["out", "fôlder", "ж x"]))
     with ports() as port:
@@ -637,267 +612,3 @@ def environment(rng: np.random.Generator, folder: Path) -> None:
         raise InputError(said.strip())
     same = help_only or (out / "0" / "logits_best.pkl").read_bytes() == wanted
     assert same or (fresh and changed.keys() & OTHER_BITS), changed
-
-
-class First(nn.Module):
-    """A layer that returns more than one tensor, read by as many as it wants."""
-
-    def __init__(self, inner: nn.Module, reads: int) -> None:
-        super().__init__()
-        self.inner, self.reads = inner, reads
-
-    def forward(self, x):
-        return self.inner(*[x] * self.reads)[0]
-
-
-class Own(nn.Module):
-    """Steps, each a layer or an operation by name, and which of the values so far it reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers, self.steps = nn.ModuleDict(), []
-
-    def forward(self, images):
-        values = [images]
-        for name, *sources in self.steps:
-            step = self.layers[name] if name in self.layers else OPERATIONS[name]
-            values.append(step(*(values[source] for source in sources)))
-        return values[-1]
-
-
-OPERATIONS = {  # by number of values that they read; those that do not fit the values' shapes fail, and are not taken
-    "relu": torch.relu,
-    "relu_": torch.relu_,
-    "add_": lambda x: x.add_(0.3),
-    "mul_": lambda x: x.mul_(1.5),
-    "gelu": nn.functional.gelu,
-    "detach": lambda x: x.detach(),
-    "softmax": lambda x: x.softmax(-1),
-    "flatten": lambda x: x.flatten(1),
-    "sequence": lambda x: x.flatten(2),
-    "tokens": lambda x: x.flatten(2).mT,
-    "swap": lambda x: x.transpose(1, 2),
-    "mean": lambda x: x.mean(2),
-    "fold": lambda x: x.unflatten(1, (2, -1)),
-    "tuple": lambda x: (x, x),
-    "dict": lambda x: {"out": x},
-    "numbers": lambda x: x.sum(1),
-    "sum": lambda x, y: x + y,
-    "concatenation": lambda x, y: torch.cat([x, y], 1),
-    "gate": lambda x, y: x * y.sigmoid(),
-}
-ONE, TWO = list(OPERATIONS)[:13], list(OPERATIONS)[16:]
-
-
-def layer(rng: np.random.Generator, x: torch.Tensor) -> nn.Module:
-    """A layer that may or may not read x (images, ...)."""
-    inputs, last, outputs = x.shape[1], x.shape[-1], int(rng.choice([2, 3, 4, 6, 8, 12]))
-    window = {
-        "kernel_size": int(rng.integers(1, 4)),
-        "stride": int(rng.integers(1, 3)),
-        "padding": int(rng.integers(3)),
-    }
-    window |= {"dilation": int(rng.integers(1, 3)), "bias": bool(rng.random() < 0.7)}
-    window["groups"] = int(rng.choice([1, 1, 1, 1, 2]))
-    modes = {"padding_mode": str(rng.choice(["zeros", "zeros", "circular", "reflect", "replicate"]))}
-    if rng.random() < 0.1:
-        modes |= {"padding": str(rng.choice(["same", "valid"])), "stride": 1}
-    plain = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d}[x.ndim]
-    convolution = plain(inputs, outputs, **({} if x.ndim == 2 else window | modes))
-    if rng.random() < 0.5:
-        return convolution
-    norm, upper = getattr(nn, f"BatchNorm{max(1, x.ndim - 2)}d"), {3: nn.ConvTranspose1d, 4: nn.ConvTranspose2d}
-    others = [
-        lambda: norm(inputs, momentum=rng.choice([None, 0.1]), affine=bool(rng.random() < 0.8)),
-        lambda: nn.Linear(last, outputs),
-        lambda: nn.LayerNorm(last),
-        lambda: nn.GroupNorm(1, inputs),
-        lambda: nn.Dropout(0.5, inplace=bool(rng.random() < 0.5)),
-        lambda: nn.PReLU(inputs),
-        lambda: upper[x.ndim](inputs, outputs, window["kernel_size"]),
-        lambda: First(nn.MultiheadAttention(last, 1, batch_first=True), 3),
-        lambda: First(nn.LSTM(last, outputs, batch_first=True), 1),
-        lambda: nn.TransformerEncoderLayer(last, 1, 8, batch_first=True),
-        lambda: nn.utils.parametrizations.weight_norm(convolution),
-        lambda: nn.utils.spectral_norm(convolution),
-        lambda: nn.utils.parametrizations.spectral_norm(convolution),
-        lambda: prune.random_unstructured(convolution, "weight", 0.3),
-        lambda: nn.Sequential(nn.ReLU(), convolution),
-    ]
-    return others[rng.integers(len(others))]()
-
-
-@torch.no_grad()
-def own(rng: np.random.Generator, images: torch.Tensor) -> tuple[Own, set[str]]:
-    """A random network, and the names of its weights that can be scored and pruned without any doubt."""
-    network, values, reads = Own().eval(), [images], defaultdict(list)
-
-    def append(name: str, *sources: int) -> None:
-        read = [values[source] for source in sources]
-        values.append(
-            (network.layers[name] if name in network.layers else OPERATIONS[name])(*(x.clone() for x in read))
-        )
-        network.steps.append((name, *sources))
-        reads[name].append(read[0].ndim)
-
-    for k in range(rng.integers(2, 12)):
-        x, kind = values[-1], rng.random()
-        with contextlib.suppress(RuntimeError, ValueError, KeyError, TypeError, IndexError, AssertionError):
-            if kind < 0.5 or k == 0:
-                made = layer(rng, x).eval()
-                made(x.clone())
-                network.layers[str(k)] = made
-                if rng.random() < 0.93:  # others are never used
-                    append(str(k), len(values) - 1)
-            elif kind < 0.75:
-                append(str(rng.choice(ONE)), len(values) - 1)
-            elif kind < 0.95:
-                append(str(rng.choice(TWO)), len(values) - 1, int(rng.integers(len(values))))
-            else:
-                append(str(rng.choice(list(network.layers))), len(values) - 1)
-    if rng.random() < 0.8:
-        if values[-1].ndim > 2:
-            append("flatten", len(values) - 1)
-        network.layers["head"] = nn.Linear(values[-1].shape[1], 5)
-        append("head", len(values) - 1)
-    plain = {
-        f"layers.{name}.weight"
-        for name, made in network.layers.items()
-        if type(made) in KINDS and "weight" in made._parameters and getattr(made, "groups", 1) == 1
-        and reads[name] == [made.weight.ndim]
-    }  # fmt: skip
-    kinds = [network.get_submodule(key.removesuffix(".weight")) for key in sorted(plain)]
-    for first, second in itertools.pairwise(kinds):
-        if first.weight.shape == second.weight.shape and rng.random() < 0.5:
-            second.weight = first.weight
-            plain -= {key for key in plain if network.get_parameter(key) is first.weight}
-    for parameter in network.parameters():
-        parameter.requires_grad_(bool(rng.random() < 0.95))
-    if rng.random() < 0.1:
-        append(str(rng.choice(["tuple", "dict", "numbers"])), len(values) - 1)
-    whole = isinstance(values[-1], torch.Tensor) and values[-1].ndim > 1
-    return network, plain if whole else set()
-
-
-def hooked(network: nn.Module, keys: list[str], split: Split) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """What layers read and return, by copies that are made when they run."""
-    found, handles = {key: ([], []) for key in keys}, []
-    for key in keys:
-        made = network.get_submodule(key.removesuffix(".weight"))
-        handles.append(made.register_forward_pre_hook(lambda _, read, key=key: found[key][0].append(read[0].clone())))
-        handles.append(made.register_forward_hook(lambda _, read, out, key=key: found[key][1].append(out.clone())))
-    with torch.inference_mode():
-        for images, _ in split.batches():
-            network(images)
-    for handle in handles:
-        handle.remove()
-    return {key: tuple(map(torch.cat, parts)) for key, parts in found.items()}
-
-
-def check_scores(network: nn.Module, blocks: dict, split: Split, read: dict) -> dict[str, np.ndarray]:
-    """Scores of what was collected are those of what the hooks saw; returns them."""
-    collected, scores = activations.collect_activations(network, list(blocks), split), {}
-    for key, pair in collected.items():
-        pooled = [t.flatten(2).mean(2) if t.ndim > 2 else t for t in read[key]]
-        torch.testing.assert_close(pair, tuple(pooled))
-        exact = all(map(torch.equal, pair, pooled))  # hooks may lead torch to other kernels
-        groups = {"child_groups": blocks[key].child_groups, "parent_groups": blocks[key].parent_groups}
-        estimate = scoring.Estimator(Path("none"), blocks[key], {"estimator": "gaussian", "seed": 0})
-        scores[key] = estimate(pair[1], pair[0])
-        wanted = layer_cmi(pooled[1].numpy(), pooled[0].numpy(), **groups, estimator="gaussian")
-        np.testing.assert_allclose(scores[key], wanted, atol=0 if exact else 0.01, rtol=0 if exact else 0.01)
-    return scores
-
-
-def check_mask(network: nn.Module, blocks: dict, kept: dict, read: dict) -> Mask:
-    """Dropped blocks are 0, also after a step, and contribute nothing to a layer's outputs; all else is as it was."""
-    mask, pruned = Mask.of_blocks(kept, blocks, network), copy.deepcopy(network)
-    mask.apply(pruned)
-    for key, block in blocks.items():
-        layer, before = pruned.get_submodule(key.removesuffix(".weight")), network.get_parameter(key)
-        gone = ~torch.from_numpy(kept[key])[block.child_groups][:, block.parent_groups]
-        assert torch.equal(layer.weight, torch.where(gone.reshape(*gone.shape, *[1] * (before.ndim - 2)), 0, before))
-        for group in range(len(kept[key])):
-            some, rows = read[key][0][:5].clone(), torch.from_numpy(block.child_groups == group)
-            without = some.clone()
-            without[:, gone[rows][0]] = 0
-            expected = network.get_submodule(key.removesuffix(".weight"))(without)[:, rows]
-            torch.testing.assert_close(layer(some)[:, rows], expected, rtol=1e-4, atol=1e-5)
-    optimizer = torch.optim.SGD(pruned.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
-    mask.hold(pruned, optimizer)
-    for parameter in pruned.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    assert all((pruned.get_parameter(key)[~whole] == 0).all() for key, whole in mask.items())
-    return mask
-
-
-def check_refit(network: nn.Module, mask: Mask, split: Split) -> None:
-    """A refit of what is whole changes nothing; one of what is pruned leaves 0 what is 0."""
-    whole = Mask({key: torch.ones_like(kept) for key, kept in mask.items()})
-    refit.recalibrate_batch_norm(network, split)
-    fitted, pruned = copy.deepcopy(network), copy.deepcopy(network)
-    with mock.patch.object(refit, "RIDGE", 1e-5), torch.no_grad():
-        refit.refit(fitted, network, whole, split)
-        for key, (read, returned) in hooked(network, list(mask), split).items():
-            name = key.removesuffix(".weight")
-            change, sizes = fitted.get_submodule(name)(read) - returned, copy.deepcopy(network.get_submodule(name))
-            for parameter in sizes.parameters():
-                parameter.abs_()
-            assert change.abs().max() <= 0.02 * sizes(read.abs()).square().mean().sqrt(), key
-    mask.apply(pruned)
-    refit.refit(pruned, network, mask, split)
-    for key, kept in mask.items():
-        assert (pruned.get_parameter(key)[~kept] == 0).all()
-        assert pruned.get_parameter(key).isfinite().all()
-
-
-def own_network(rng: np.random.Generator, folder: Path) -> None:
-    """A random network: its layers are scored, masked and refitted rightly, or refused."""
-    torch.manual_seed(rng.integers(2**31))
-    split = Split(torch.randint(0, 256, (200, 2, 8, 8), dtype=torch.uint8), torch.arange(200) % 5)
-    network, plain = own(rng, split.images[:3] / 255.0)
-    before, legal, refusal = copy.deepcopy(network.state_dict()), [], InputError("no weights")
-    for key in [
-        f"{name}.weight" for name, made in network.named_modules() if getattr(made, "weight", None) is not None
-    ]:
-        try:
-            with refusal_only_if(key not in plain):
-                legal += activations.run_order(network, [key], split)
-        except InputError as error:
-            refusal = error
-    if not legal:
-        raise refusal
-    keys = activations.run_order(network, [str(key) for key in rng.permutation(legal)[:3]], split)
-    last = activations.output_layer(network, split)
-    shapes = {key: network.get_parameter(key).shape for key in keys}
-    blocks = {
-        key: contiguous_blocks(network, key, *(int(rng.integers(1, n + 1)) for n in shape[1::-1]), last)
-        for key, shape in shapes.items()
-    }
-    read = hooked(network, keys, split)
-    scores = check_scores(network, blocks, split, read)
-    slopes = activations.output_sensitivity(copy.deepcopy(network), keys, split)
-    assert all(
-        (slopes[key] >= 0).all() and np.isfinite(slopes[key]).all() and len(slopes[key]) == shapes[key][0]
-        for key in keys
-    )
-    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
-    sparsity, balanced = rng.uniform(0, 1), bool(rng.random() < 0.5)
-    ranks = rank(str(rng.choice(CRITERIA)), network, blocks, scores)
-    kept = select_blocks(ranks, blocks, sparsity, [1.0] * len(keys), balanced=balanced)
-    mask = check_mask(network, blocks, kept, read)
-    over = mask.percent_pruned() / 100 - sparsity
-    largest = max(block.weights.max() for block in blocks.values()) * (len(keys) if balanced else 1)
-    assert -1e-9 <= over < largest / sum(kept.numel() for kept in mask.values()) + 1e-9, (sparsity, over)
-    check_refit(network, mask, split)
-
-
-TRIALS = {
-    "files": random_file,
-    "command_lines": command_line,
-    "image_trees": image_tree,
-    "checkpoints": foreign_checkpoint,
-    "environments": environment,
-    "own_networks": own_network,
-}
