@@ -146,6 +146,8 @@ def own(rng: np.random.Generator, images: torch.Tensor) -> tuple[Own, set[str]]:
             append("flatten", len(values) - 1)
         network.layers["head"] = nn.Linear(values[-1].shape[1], 5)
         append("head", len(values) - 1)
+        if rng.random() < 0.3:
+            append(str(rng.choice(["relu_", "add_", "mul_"])), len(values) - 1)
     plain = {
         f"layers.{name}.weight"
         for name, made in network.layers.items()
