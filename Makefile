@@ -16,7 +16,8 @@ test-all: .venv/ready
 	$(PYTEST)
 
 soak: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns.py --kills 100 --flips 5000 --fuzz 50000 --record results/soak.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns.py --kills 60 --flips 3000 --files 20000 --command_lines 20000 \
+		--image_trees 500 --checkpoints 5000 --environments 150 --own_networks 700 --record results/soak.json
 
 audit: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit

@@ -114,11 +114,10 @@ def campaigns_table(record: dict) -> str:
     end = f"{hostile['refused']} refused; {hostile['executed']} executed what they hold"
     row("hostile file", hostile["tried"], end)
     row("illegal flag or value", flags["tried"], f"{flags['refused']} refused in one line, exit code 2")
-    for name, kind, good in (("file", "files", "read"), ("command line", "command_lines", "taken")):
-        fuzz = record[f"fuzzed_{kind}"]
-        refused = fuzz["tried"] - fuzz[good] - fuzz["other_ends"]
-        end = f"{refused:,} refused, {fuzz[good]:,} {good}, {fuzz['other_ends']} otherwise"
-        row(f"random {name}", fuzz["tried"], end)
+    for kind, trials in record.items():
+        if kind.startswith("random_"):
+            end = f"{trials['right']:,} right, {trials['refused']:,} refused, {trials['other_ends']} otherwise"
+            row(f"random {kind.removeprefix('random_').removesuffix('s').replace('_', ' ')}", trials["tried"], end)
     return markdown(rows)
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import parallel
+from common.cmi.inputs import out_of_memory
 from common.data import FileSplit, Split
-from common.errors import InputError
+from common.errors import InputError, reason
 from common.masks import KINDS, Blocks, plain_layer
 
 FIRST_IMAGES = 1000  # among which two are looked for: a data set of millions is not listed for two
@@ -245,10 +246,16 @@ def _gradients(network: nn.Module, keys: list[str], split: Split | FileSplit, ob
     """For every batch the layers' outputs, with the network's under None, and objective(logits, labels)'s gradients."""
     run_order(network, keys, split)
     pixels, outputs = _try(network, [], split)[2][0, 0].numel(), {}
-    with forward_hooks(network, keys, lambda key, _, output: outputs.update({key: output})):
+    with forward_hooks(network, keys, lambda key, _, output: outputs.update({key: output.requires_grad_()})):
         for images, labels in split.batches(min(GRADIENT_BATCH, max(1, GRADIENT_PIXELS // pixels))):
             outputs[None] = network(images)
-            found = torch.autograd.grad(objective(outputs[None], labels), [outputs[key] for key in keys])
+            value, layers = objective(outputs[None], labels), [outputs[key] for key in keys]
+            try:  # 0 of layers that reach no output
+                found = torch.autograd.grad(value, layers, materialize_grads=True)
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                raise InputError(f"the network's outputs have no slopes in its layers ({reason(error)})") from error
             yield outputs, dict(zip(keys, found, strict=True))
 
 

@@ -82,18 +82,21 @@ def load_checkpoint(path: Path, *, foreign: bool = False) -> dict:
         try:
             if tensor.nbytes > len(content):
                 raise InputError(f"{path}: {key} is larger than the file; {remedy}")
-            finite = bool(tensor.isfinite().all())
+            if tensor.is_complex():
+                raise TypeError
+            finite = bool((tensor.isfinite() & tensor.float().isfinite()).all())  # networks are of single precision
         except (RuntimeError, TypeError) as error:  # float8, sparse, quantised, without storage
-            raise InputError(f"{path}: {key} is {tensor.dtype}, {tensor.layout}; legal: dense numbers") from error
+            raise InputError(f"{path}: {key} is {tensor.dtype}, {tensor.layout}; legal: dense real numbers") from error
         if not finite:
-            raise InputError(f"{path}: {key} holds values that are not finite; {remedy}")
+            raise InputError(f"{path}: {key} holds values that are not finite in single precision; {remedy}")
     return checkpoint
 
 
 def _plain_names(checkpoint):
     """The weights in what another program wrote, under the names that the network itself gives them."""
-    while isinstance(checkpoint, dict) and (wrapper := next((w for w in WRAPPERS if w in checkpoint), None)):
-        checkpoint = checkpoint[wrapper]
+    for _ in WRAPPERS:  # not without end: a dictionary may hold itself
+        if isinstance(checkpoint, dict):
+            checkpoint = next((checkpoint[wrapper] for wrapper in WRAPPERS if wrapper in checkpoint), checkpoint)
     if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
         return checkpoint
     for prefix in PREFIXES * 2:  # they come in either order

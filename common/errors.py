@@ -4,6 +4,10 @@
 class InputError(ValueError):
     """A flag, a file or a combination of them is not usable; raised before any work starts (exit code 2)."""
 
+    def __str__(self) -> str:
+        """One line, whatever the names of files and of weights in it hold."""
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+
 
 class Diverged(Exception):
     """The loss is no longer a finite number; what was good before is kept (exit code 1)."""

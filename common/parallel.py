@@ -24,6 +24,8 @@ def processes() -> Iterator[None]:
     for name in TORCHRUN:
         if name != "MASTER_ADDR" and not os.environ[name].isdecimal():
             raise InputError(f"the processes cannot be joined ({name} is no number); start them with torchrun")
+    if rank() >= int(os.environ["WORLD_SIZE"]):  # it would wait for a process that is not there
+        raise InputError(f"the processes cannot be joined (RANK {rank()} of fewer); start them with torchrun")
     gpus = torch.cuda.device_count()
     if gpus and local_gpu(0) >= gpus:
         raise InputError(
@@ -32,7 +34,7 @@ def processes() -> Iterator[None]:
     options = {"backend": "nccl", "device_id": torch.device("cuda", local_gpu(0))} if gpus else {"backend": "gloo"}
     try:
         dist.init_process_group(**options)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise InputError(f"the processes cannot be joined ({reason(error)}); start them with torchrun") from error
     yield
     dist.destroy_process_group()  # after an error it stays, for `is_first`

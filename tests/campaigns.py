@@ -1,8 +1,8 @@
-"""Campaigns against the scripts and their files: many kills, flipped bits, hostile files, senseless flags.
+"""Campaigns against the scripts and their files: many kills, flipped bits, hostile files, senseless flags and more.
 
-    python tests/campaigns.py [--kills N] [--flips N] [--fuzz N] [--record FILE]
+    python tests/campaigns.py [--kills N] [--flips N] [--own_networks N] ... [--record FILE]
 
-N kills of each stage, N ways to damage each kind of file, N fuzzed files and as many command lines. The tests run short
+N kills of each stage, N ways to damage each kind of file, N random trials of each kind in TRIALS. The tests run short
 campaigns; `make soak` runs long ones and writes results/soak.json.
 """
 
@@ -13,7 +13,6 @@ import io
 import json
 import os
 import pickle
-import runpy
 import shutil
 import signal
 import sys
@@ -25,41 +24,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "mlp")]
-import model
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import trials
 from common import artifacts, cli, datasets, records
 from common.errors import InputError
+from random_networks import own_network
+from trials import TRAIN, Code, artefacts, counted, finish, forked, model, parsed
 
-torch.set_num_threads(1)  # and no other threads, so that processes may be forked
-TRAIN = "--Dataset DIGITS --Val_size 200 --Epoch 4 --Batch_size 128".split()
+TRIALS = {
+    "files": trials.random_file,
+    "command_lines": trials.command_line,
+    "image_trees": trials.image_tree,
+    "checkpoints": trials.foreign_checkpoint,
+    "environments": trials.environment,
+    "own_networks": own_network,
+}
+
 GROUPS = "--parent_clusters 50 --children_clusters 30".split()
-
-
-def forked(script: str, *flags) -> int:
-    """Start a script of the MLP in a process of its own, without the seconds that imports take."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.chdir(ROOT / "mlp")
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        sys.argv = [script, *map(str, flags)]
-        runpy.run_path(script, run_name="__main__")
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    finally:
-        os._exit(code)
-
-
-def finish(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def stages(folder: Path) -> dict[str, tuple[list, Path, list[str]]]:
@@ -146,40 +128,6 @@ def damaged(content: bytes, other: bytes, rng: np.random.Generator) -> tuple[str
     return kind, {"cut": content[: rng.integers(1, len(content))], "emptied": b"", "swapped": other}[kind]
 
 
-def artefacts(folder: Path) -> dict[str, tuple[Path, Path, object]]:
-    """By kind: a file, another of its kind, and how a stage reads it."""
-    torch.manual_seed(0)
-    for name in ("a", "b"):
-        state = {"state_dict": torch.nn.Linear(30, 20).state_dict(), "epoch": 1}
-        scores, labels = np.random.default_rng(ord(name)).random((6, 8)), np.arange(8) % 4 + (name == "b")
-        content = artifacts.checkpoint_bytes(state)
-        records.save({folder / f"{name}.pkl": content}, {"stage": 1, "arguments": {"Lr": 0.1}, "name": name})
-        files = {folder / f"{name}_scores.npy": scores, folder / f"{name}_labels.npy": labels}
-        records.save({path: artifacts.array_bytes(array) for path, array in files.items()}, {"stage": 2})
-        artifacts.save_state(folder / f"{name}.state", {"key": name, "total": torch.from_numpy(scores)})
-
-    def own_state(path: Path) -> dict:
-        state = artifacts.load_state(path, "remove it")
-        return state if state["key"] == "a" else refuse(path)
-
-    def array(path: Path) -> np.ndarray:
-        return artifacts.load_array(path, folder / f"{path.name[0]}_scores.json", "run pruning_1b.py again")
-
-    readers = {
-        "checkpoint": (".pkl", artifacts.load_checkpoint),
-        "scores": ("_scores.npy", array),
-        "labels": ("_labels.npy", array),
-        "record": (".json", records.read),
-        "state": (".state", own_state),
-    }
-    return {kind: (folder / f"a{end}", folder / f"b{end}", read) for kind, (end, read) in readers.items()}
-
-
-def refuse(path: Path) -> None:
-    """A state of another run is not used, which is as good as refused."""
-    raise InputError(f"{path} is of another run")
-
-
 def flips(count: int, seed: int = 0) -> dict:
     """Damage artefacts of every kind in `count` ways each.
 
@@ -207,16 +155,6 @@ def flips(count: int, seed: int = 0) -> dict:
             path.write_bytes(content)
             found[kind] = {"tried": tried, "refused": refused}
     return found
-
-
-class Code:
-    """Unpickling it creates a file."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self):
-        return open, (str(self.canary), "w")
 
 
 def saved(value, **options) -> bytes:
@@ -310,52 +248,6 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
 
 
-def fuzz_files(count: int, seed: int = 0) -> dict:
-    """Random bytes, and good files with many random changes and no checksum, to every reader.
-
-    Returns
-    -------
-    How many were read, and how many ended otherwise than with a value or an InputError (must be 0).
-    """
-    rng, found = np.random.default_rng(seed), {"tried": 0, "read": 0, "other_ends": 0}
-    with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
-        kinds = artefacts(scratch)
-        Image.new("RGB", (8, 8)).save(scratch / "a.png")
-        seeds = {
-            ".pkl": (kinds["checkpoint"][0].read_bytes(), artifacts.load_checkpoint),
-            ".npy": (kinds["scores"][0].read_bytes(), lambda p: artifacts.load_array(p, scratch / "none", "again")),
-            ".json": (kinds["record"][0].read_bytes(), records.read),
-            ".state": (kinds["state"][0].read_bytes(), lambda p: artifacts.load_state(p, "remove it")),
-            ".png": ((scratch / "a.png").read_bytes(), datasets.read_image),
-        }
-        for _ in range(count):
-            suffix = rng.choice(list(seeds))
-            good, read = seeds[suffix]
-            content = bytearray(good)
-            for _ in range(rng.integers(1, 20)):
-                content[rng.integers(len(content))] = rng.integers(256)
-            content = (
-                rng.bytes(rng.integers(0, 400))
-                if rng.random() < 0.2
-                else bytes(content[: rng.integers(1, 2 * len(good))])
-            )
-            if suffix == ".state":
-                content = hashlib.sha256(content).digest() + content
-            path = scratch / f"fuzz{suffix}"
-            path.write_bytes(content)
-            found["tried"] += 1
-            try:
-                read(path)
-                found["read"] += 1
-            except InputError:
-                pass
-            except Exception as error:
-                found["other_ends"] += 1
-                print(suffix, repr(error)[:300])
-    return found
-
-
 MISSING = object()
 WHOLE = ["0", "-1", "1.5", "nan", "inf", "x", ""]
 TABLE = {  # flags: what they must refuse
@@ -375,19 +267,6 @@ TABLE = {  # flags: what they must refuse
     "Classes classes parent_key children_key": [MISSING],
 }
 ILLEGAL = {name: values for names, values in TABLE.items() for name in names.split()}
-
-
-def parsed(stage: int, argv: list[str]) -> tuple[int | None, str]:
-    """Exit code (None: the command line was taken) and what was said on standard error."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            cli.parse(__file__, "doc", model, stage, argv)
-        return None, said.getvalue()
-    except InputError as error:
-        return 2, f"{cli.in_flags(str(error))}\n"
-    except SystemExit as stop:
-        return stop.code, said.getvalue()
 
 
 def illegal_flags() -> dict:
@@ -417,40 +296,15 @@ def illegal_flags() -> dict:
     return found
 
 
-def fuzz_flags(count: int, seed: int = 0) -> dict:
-    """Random command lines, of legal and of senseless flags and values, to the parsers of the three stages.
-
-    Returns
-    -------
-    How many were taken, how many refused with one line and exit code 2, and how many ended otherwise (must be 0).
-    """
-    rng, found = np.random.default_rng(seed), {"tried": 0, "taken": 0, "refused": 0, "other_ends": 0}
-    words = ["", "\0", "é" * 300, *"0 1 -1 0.5 1e400 nan -inf x -- - = ../.. MNIST cmi".split()]
-    names = [f"--{name}" for name in cli.FLAGS] + ["--", "--no-Nesterov", "--no-Resume", "--unknown", "-x", "--help=1"]
-    for _ in range(count):
-        argv = [str(rng.choice(names if rng.random() < 0.5 else words)) for _ in range(rng.integers(1, 8))]
-        stage = int(rng.integers(1, 4))
-        found["tried"] += 1
-        try:
-            code, said = parsed(stage, argv)
-        except Exception as error:
-            code, said = 1, repr(error)
-        end = "taken" if code is None else "refused" if code == 2 and said.count("\n") == 1 else "other_ends"
-        found[end] += 1
-        if end == "other_ends":
-            print(argv, code, said[:300])
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("kills", "flips", "fuzz"):
+    for name in ("kills", "flips", *TRIALS):
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--record", type=Path, help="also write what was found here")
     args, start = parser.parse_args(), time.monotonic()
     found = {f"kills_of_stage_{stage}": kills(stage, args.kills) for stage in "123"} if args.kills else {}
     found |= {"damaged_files": flips(args.flips), "hostile_files": hostile_files(), "illegal_flags": illegal_flags()}
-    found |= {"fuzzed_files": fuzz_files(args.fuzz), "fuzzed_command_lines": fuzz_flags(args.fuzz)}
+    found |= {f"random_{name}": counted(trial, range(getattr(args, name))) for name, trial in TRIALS.items()}
     found["seconds"] = round(time.monotonic() - start)
     print(json.dumps(found, indent=1))
     if args.record:

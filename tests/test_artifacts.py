@@ -95,6 +95,8 @@ def test_checkpoints_of_other_programs_load(tmp_path, prefix, wrapper):
         lambda t: t.to_sparse_csr(),
         lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
         lambda t: t.to("meta"),
+        lambda t: torch.complex(t, t),
+        lambda t: t.double() * 1e300,
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -104,6 +106,20 @@ def test_tensors_of_other_kinds_are_one_line(tmp_path, kind):
         artifacts.load_checkpoint(tmp_path / "x.pth", foreign=True)
     assert "x.pth" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_dictionary_that_holds_itself_is_one_line(tmp_path):
+    state = {"weight\n": torch.ones(1)}
+    torch.save({**state, "net": state}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=r"there weight\\n is \(1,\), here absent") as error:
+        artifacts.load_state_dict(
+            nn.ReLU(), artifacts.load_checkpoint(tmp_path / "x.pth", foreign=True)["state_dict"], ""
+        )
+    assert "\n" not in str(error.value)
+    state["net"] = state
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(InputError, match="has no 'state_dict' of tensors"):
+        artifacts.load_checkpoint(tmp_path / "x.pth", foreign=True)
 
 
 @pytest.mark.parametrize("status", ["running", "diverged"])

@@ -62,7 +62,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda tensor: id(tensor), raising=False)
     monkeypatch.setattr(FakeTensor, "numpy", lambda tensor: np.zeros(tensor.shape), raising=False)
     monkeypatch.setattr(torch, "tensor", lambda data, **kind: torch.empty(np.shape(data), **kind))
-    monkeypatch.setattr(torch.autograd, "grad", lambda _, inputs: [torch.zeros_like(value) for value in inputs])
+    monkeypatch.setattr(torch.autograd, "grad", lambda _, inputs, **__: [torch.zeros_like(value) for value in inputs])
     monkeypatch.setattr(parallel, "total", lambda *values: [1.0 for value in values if value.device == GPU])
     with torch.library._scoped_library("aten", "IMPL") as operations, FakeTensorMode(allow_non_fake_inputs=True):
         operations.impl("_fused_sgd_", lambda *_, **__: None, "Meta")

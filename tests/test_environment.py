@@ -67,6 +67,18 @@ def test_senseless_variables_are_one_line(tmp_path, call, monkeypatch, name):
     assert len([line for line in said.splitlines() if "error" in line]) == 1
 
 
+@pytest.mark.parametrize(
+    "changed", [{"RANK": "1"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "9" * 20}, {"MASTER_PORT": "9" * 20}]
+)
+def test_numbers_that_no_torchrun_gives_are_one_line(monkeypatch, changed):
+    """A process that is none of the group would wait for ever."""
+    for key, value in {**SETTINGS, "RANK": "0", "WORLD_SIZE": "1", **changed}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(InputError, match="the processes cannot be joined") as error, parallel.processes():
+        pass
+    assert "\n" not in str(error.value)
+
+
 def _no_host(**_):
     raise torch.distributed.DistNetworkError("no such host")
 

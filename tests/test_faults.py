@@ -62,9 +62,18 @@ def test_a_torch_whose_reader_is_unsafe_reads_nothing(tmp_path, monkeypatch):
         artifacts.load_checkpoint(tmp_path / "a.pkl")
 
 
-def test_fuzzed_files_and_flags_have_defined_ends():
-    assert campaigns.fuzz_files(1000)["other_ends"] == 0
-    assert campaigns.fuzz_flags(1000)["other_ends"] == 0
+SLOW = {"marks": pytest.mark.slow}
+COUNTS = {"files": 1000, "command_lines": 1000, "checkpoints": 150, "own_networks": 10, "image_trees": 40}
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [*COUNTS.items(), pytest.param("environments", 14, **SLOW), pytest.param("own_networks", 40, **SLOW)],
+)
+def test_random_trials_come_out_right_or_are_refused(kind, count):
+    found = campaigns.counted(campaigns.TRIALS[kind], range(count))
+    assert found["other_ends"] == 0
+    assert found["right"] > 0
 
 
 def test_every_flag_of_every_stage_refuses_what_is_illegal():

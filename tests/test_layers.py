@@ -62,6 +62,9 @@ KINDS = [
 ]
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch tells that it copies
+
+
 @pytest.fixture(params=KINDS, ids=lambda kind: str(kind[0]))
 def network(request, split):
     network = flat(copy.deepcopy(request.param[0]), **request.param[1])
@@ -203,6 +206,34 @@ def test_what_happens_in_place_afterwards_changes_nothing(change, split):
         found.append((seen, slopes, dict(network.state_dict())))
     for plain, changed in zip(*found, strict=True):
         torch.testing.assert_close(changed, plain)
+
+
+class Branches(nn.Module):
+    """Layer b reaches no output, and layer a only through c, which is detached on request."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.detached = nn.Linear(128, 4), nn.Linear(4, 4), nn.Linear(4, 3), False
+
+    def forward(self, x):
+        x = self.a(x.flatten(1))
+        self.b(x)
+        x = self.c(x)
+        return x.detach() if self.detached else x
+
+
+def test_sensitivity_of_layers_that_are_frozen_or_reach_no_output(split):
+    torch.manual_seed(0)
+    network, keys = Branches(), ["a.weight", "b.weight", "c.weight"]
+    free = activations.output_sensitivity(network, keys, split)
+    assert (free["a.weight"] > 0).all()
+    assert (free["b.weight"] == 0).all()
+    frozen = activations.output_sensitivity(network.requires_grad_(False), keys, split)
+    for key in keys:
+        np.testing.assert_array_equal(frozen[key], free[key])
+    network.detached = True
+    with pytest.raises(InputError, match="the network's outputs have no slopes in its layers"):
+        activations.output_sensitivity(network, keys, split)
 
 
 class Reused(nn.Module):

@@ -242,8 +242,8 @@ def test_what_campaigns_found_is_counted():
         "damaged_files": {"record": {"tried": 1000, "refused": 999}},
         "hostile_files": {"tried": 17, "refused": 16, "executed": 1},
         "illegal_flags": {"tried": 5, "refused": 5},
-        "fuzzed_files": {"tried": 10, "read": 2, "other_ends": 1},
-        "fuzzed_command_lines": {"tried": 10, "taken": 1, "other_ends": 0},
+        "random_files": {"tried": 10, "right": 2, "refused": 7, "other_ends": 1},
+        "random_own_networks": {"tried": 1000, "right": 1000, "refused": 0, "other_ends": 0},
     }
     lines = tables.campaigns_table(record).splitlines()
     assert lines[2].startswith("| kill of stage 1 | 9 | 3 of 4 runs")
@@ -251,8 +251,8 @@ def test_what_campaigns_found_is_counted():
         "| damage to a file: record | 1,000 | 999 refused |",
         "| hostile file | 17 | 16 refused; 1 executed what they hold |",
         "| illegal flag or value | 5 | 5 refused in one line, exit code 2 |",
-        "| random file | 10 | 7 refused, 2 read, 1 otherwise |",
-        "| random command line | 10 | 9 refused, 1 taken, 0 otherwise |",
+        "| random file | 10 | 2 right, 7 refused, 1 otherwise |",
+        "| random own network | 1,000 | 1,000 right, 0 refused, 0 otherwise |",
     ]
 
 
