@@ -11,7 +11,7 @@ from common.masks import Mask, plain_layer
 
 RIDGE = 1e-3  # of the inputs' mean square
 BATCH = 32  # images of maps
-POSITIONS = 64  # of every image's map, drawn anew in every batch
+POSITIONS = 16  # of every image's map, drawn anew in every batch
 
 
 @torch.no_grad()

@@ -252,7 +252,7 @@ MISSING = object()
 WHOLE = ["0", "-1", "1.5", "nan", "inf", "x", ""]
 TABLE = {  # flags: what they must refuse
     "Batch_size Dims Expt_rerun Milestones Samples_per_class": WHOLE,
-    "cores dims samples_per_class null parent_clusters children_clusters": WHOLE,
+    "cores dims samples_per_class positions null parent_clusters children_clusters": WHOLE,
     "bootstrap": ["1", *WHOLE],
     "Epoch Device_ids Seed Workers Val_size key_id seed device_ids": WHOLE[1:],
     "upper_prune_limit upper_prune_per lower_prune_per Prune_per Warm_up": ["-0.1", "1.01", "nan", "inf", "x", ""],
@@ -260,7 +260,10 @@ TABLE = {  # flags: what they must refuse
     "Lr Gamma width": ["0", "-1", "nan", "inf", "x", ""],
     "Weight_decay": ["-1", "nan", "inf", "x", ""],
     "Dropout Label_smoothing": ["-1", "1", "nan", "inf", "x", ""],
-    "Dataset Opt Schedule Model Select Criterion model dataset estimator given precision device grouping": ["?", ""],
+    "Dataset Opt Schedule Model Select Criterion model dataset estimator given sampling precision device grouping": [
+        "?",
+        "",
+    ],
     "Save_dir Data_dir Weights Init Retrain Retrain_mask Labels_file Labels_children_file weights_dir data_dir": [""],
     "name_postfix weights_file": ["", "../x", "a/b", "a b", "\0"],
     "Nesterov Amp Resume Compile Prune_of_network Refit Even Skip_unreadable skip_unreadable split_half": ["=1"],
