@@ -501,7 +501,10 @@ def calibration_images(args: argparse.Namespace, images: Data) -> Split | FileSp
     """The training images that stage 3 takes statistics from, if what it is asked for needs any."""
     if args.Samples_per_class is None:
         return None
-    return images.train[sample_per_class(images.train.labels, args.Samples_per_class, args.Seed)]
+    count, labels = args.Samples_per_class, images.train.labels
+    if not args.Refit and args.Criterion != "taylor":  # nothing but a figure depends on them: as many as there are
+        count = min(count, int(labels.unique(return_counts=True)[1].min()))
+    return images.train[sample_per_class(labels, count, args.Seed)]
 
 
 def score_families(args: argparse.Namespace) -> list[Path]:
