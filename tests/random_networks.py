@@ -225,7 +225,7 @@ def check_refit(network: nn.Module, mask: Mask, split: Split) -> None:
     whole = Mask({key: torch.ones_like(kept) for key, kept in mask.items()})
     refit.recalibrate_batch_norm(network, split)
     fitted, pruned = copy.deepcopy(network), copy.deepcopy(network)
-    with mock.patch.object(refit, "RIDGE", 1e-5), torch.no_grad():
+    with mock.patch.multiple(refit, RIDGE=1e-5, POSITIONS=10**6), torch.no_grad():
         refit.refit(fitted, network, whole, split)
         for key, (read, returned) in hooked(network, list(mask), split).items():
             name = key.removesuffix(".weight")

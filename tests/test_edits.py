@@ -12,7 +12,7 @@ SCHEDULE = (
     "make_schedule(optimizer, args.Schedule, args.Epoch, steps, args.Milestones, args.Gamma, args.Warm_up)",
     "torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, 99)",
 )
-RANKS = "ranks = rank(args.Criterion, network, plan.blocks, plan.scores, seed)"
+RANKS = "ranks = rank(args.Criterion, network, plan.blocks, scores, seed)"
 MODEL, STAGE1, STAGE3 = "model.py", "train_stage1.py", "retrain_stage3.py"
 
 

@@ -99,6 +99,7 @@ def test_a_refit_of_what_is_whole_changes_nothing(network, split, monkeypatch):
 def test_a_refit_is_least_squares_on_what_every_output_reads(network, split, monkeypatch):
     """The fitted layer's error is orthogonal to all inputs that it keeps: their gradient is 0."""
     monkeypatch.setattr(refit, "RIDGE", 0.0)
+    monkeypatch.setattr(refit, "POSITIONS", 10**6)  # all
     dense = copy.deepcopy(network)
     kept = torch.rand(network[1].weight.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.6
     kept = kept.reshape(kept.shape + (1,) * (dense[1].weight.ndim - 2)).expand_as(dense[1].weight)
