@@ -8,7 +8,7 @@ python=${PYTHON:-python}
 data=${DATA_DIR:-$PWD/../data}
 networks=${NETWORKS:-0 1 2}
 samplings=${SAMPLINGS:-0 1 2}
-shares=${SHARES:-0.5 0.7 0.8 0.9} # of the masked layers; 0.4: within the published limits
+shares=${SHARES:-0.4 0.5 0.7 0.8 0.9} # of the masked layers; 0.4: within the published limits
 rules=${RULES:-positions magnitude taylor random means paper}
 dense=cifar10_jpeg/resnet56/baseline
 
@@ -29,7 +29,7 @@ for sampling in $samplings; do
                 $python pruning_1b.py --data_dir "$data" --weights_dir "$from" --name_postfix "${rule}_$sampling" \
                     --key_id all --seed "$seed" $(scores "$rule") ;;
             esac
-            for share in $shares 0.4; do
+            for share in $shares; do
                 case $rule in
                 positions | means | paper) by="--Retrain_mask $from/I_parent_${rule}_$sampling.npy" ;;
                 *) by="--Criterion $rule" ;;
