@@ -404,7 +404,7 @@ def _note_other_code(args: argparse.Namespace, checkpoint: Path) -> None:
     known = records.record_path(checkpoint)
     made = records.read(known).get("code", {}).get("model.py") if known.is_file() else None
     if made and made != args.code["code"].get("model.py") and parallel.rank() == 0:
-        print(f"{checkpoint} was made with other code in model.py")
+        print(f"{checkpoint} was made with other code in model.py; its weights are taken as they are")
 
 
 def weights_path(args: argparse.Namespace) -> Path:
