@@ -123,7 +123,7 @@ def published(paper: dict) -> list[dict]:
 def overview(records: list[dict], moments: dict = MOMENTS) -> str:
     """One line per rule, one column per pruned share: accuracy before -> after 1 epoch -> after retraining."""
     points, dense = by_point(records), mean_std(accuracies(baselines(records)))
-    shares, names = ({*part} for part in zip(*points, strict=True))
+    shares, names = ({key[k] for key in points} for k in (0, 1))
     titles = {share: f"{share:.4g} % pruned" for share in sorted(shares)}
     rows = [{"rule": "dense", **dict.fromkeys(titles.values(), ""), titles[min(shares)]: dense}] if dense else []
     for name in sorted(names):
