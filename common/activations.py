@@ -79,15 +79,15 @@ def run_order(network: nn.Module, keys: list[str], split: Split | FileSplit) -> 
     """
     for key in keys:
         plain_layer(network, key)
-    ran, _, images = _try(network, keys, split)
+    ran, _, count = _try(network, keys, split)
     for key in keys:
         reads, axes = [shape for name, shape in ran if name == key], network.get_parameter(key).ndim
         if len(reads) != 1:
             raise InputError(f"{key} runs {len(reads)} times in a forward pass; layers that run once can be pruned")
-        if reads[0] is None or len(reads[0]) != axes or reads[0][0] != len(images):
+        if reads[0] is None or len(reads[0]) != axes or reads[0][0] != count:
             read = f"a tensor {tuple(reads[0])}" if reads[0] else "other arguments than one tensor"
             expected = {2: "features", 3: "channels, length", 4: "channels, height, width"}[axes]
-            raise InputError(f"{key} reads {read} of {len(images)} images; legal: (images, {expected})")
+            raise InputError(f"{key} reads {read} of {count} images; legal: (images, {expected})")
     return [key for key, _ in ran]
 
 
@@ -99,15 +99,15 @@ def output_layer(network: nn.Module, split: Split | FileSplit) -> str | None:
 
 
 @torch.no_grad()
-def _try(network: nn.Module, keys: list[str], split: Split | FileSplit) -> tuple[list, Tensor, Tensor]:
-    """Run the network on two images: (key, input's shape) of every layer that ran, the outputs and the images."""
+def _try(network: nn.Module, keys: list[str], split: Split | FileSplit) -> tuple[list, Tensor, int]:
+    """Run the network on two images: (key, input's shape) of every layer that ran, the outputs, number of images."""
     ran, (images, _) = [], next(iter(split[torch.arange(min(len(split), FIRST_IMAGES))].batches(2 * parallel.size())))
     network.eval()
     with forward_hooks(network, keys, lambda key, read, _: ran.append((key, getattr(read, "shape", None)))):
         outputs = network(images)
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
         raise InputError(f"the network returns {type(outputs).__name__}; legal: a tensor (images, outputs)")
-    return ran, outputs, images
+    return ran, outputs, len(images)
 
 
 @torch.inference_mode()
@@ -139,7 +139,7 @@ def collect_activations(
     """
     run_order(network, keys, split)
     seen, layers = {key: ([], []) for key in keys}, {key: plain_layer(network, key) for key in keys}
-    random, images_seen = {key: torch.Generator().manual_seed(seed) for key in keys}, 0
+    random = {key: torch.Generator().manual_seed(seed) for key in keys}
 
     def keep(key: str, read: Tensor, returned: Tensor) -> None:
         if positions is None:
@@ -151,11 +151,10 @@ def collect_activations(
             values.append(features.float().cpu())
 
     with forward_hooks(network, keys, keep):
-        for images, _ in split.batches(batch_size):
+        for k, (images, _) in enumerate(split.batches(batch_size)):
             network(images)
-            if images_seen == 0:
+            if k == 0:
                 _check_memory([values[0] for pair in seen.values() for values in pair], len(split) / len(images))
-            images_seen += len(images)
     return {key: (torch.cat(inputs), torch.cat(outputs)) for key, (inputs, outputs) in seen.items()}
 
 
@@ -245,18 +244,20 @@ def block_taylor(network: nn.Module, blocks: dict[str, Blocks], split: Split | F
 def _gradients(network: nn.Module, keys: list[str], split: Split | FileSplit, objective: Callable) -> Iterator[tuple]:
     """For every batch the layers' outputs, with the network's under None, and objective(logits, labels)'s gradients."""
     run_order(network, keys, split)
-    pixels, outputs = _try(network, [], split)[2][0, 0].numel(), {}
+    outputs = {}
     with forward_hooks(network, keys, lambda key, _, output: outputs.update({key: output.requires_grad_()})):
-        for images, labels in split.batches(min(GRADIENT_BATCH, max(1, GRADIENT_PIXELS // pixels))):
-            outputs[None] = network(images)
-            value, layers = objective(outputs[None], labels), [outputs[key] for key in keys]
-            try:  # 0 of layers that reach no output
-                found = torch.autograd.grad(value, layers, materialize_grads=True)
-            except RuntimeError as error:
-                if out_of_memory(error):
-                    raise
-                raise InputError(f"the network's outputs have no slopes in its layers ({reason(error)})") from error
-            yield outputs, dict(zip(keys, found, strict=True))
+        for batch, targets in split.batches(GRADIENT_BATCH):
+            size = max(1, GRADIENT_PIXELS // batch[0, 0].numel())
+            for images, labels in zip(batch.split(size), targets.split(size), strict=True):
+                outputs[None] = network(images)
+                value, layers = objective(outputs[None], labels), [outputs[key] for key in keys]
+                try:  # 0 of layers that reach no output
+                    found = torch.autograd.grad(value, layers, materialize_grads=True)
+                except RuntimeError as error:
+                    if out_of_memory(error):
+                        raise
+                    raise InputError(f"the network's outputs have no slopes in its layers ({reason(error)})") from error
+                yield outputs, dict(zip(keys, found, strict=True))
 
 
 def _weight_times_gradient(layer: nn.Module, read: Tensor, gradient: Tensor) -> Tensor:
