@@ -121,14 +121,14 @@ class Run:
         """
         measured = {}
         if last and self.lines:
-            figures = {"last": self.lines[-1], "test": asdict(evaluate(network, test))}
+            figures = {"last": self.lines[-1], "test": _measure(network, test)}
             content = self._checkpoint(network.state_dict(), self.lines[-1]["epoch"])
             records.save({self.best.with_name(last): content}, {**self.record, "status": "complete", **figures})
         moments = {**self.moments, "test": self.kept_state}
         for moment, state in moments.items():
             network.load_state_dict(state)
             twin = next((name for name in measured if _same(moments[name], state)), None)
-            measured[moment] = measured[twin] if twin else asdict(evaluate(network, test))
+            measured[moment] = measured[twin] if twin else _measure(network, test)
         if self.mask is not None:
             measured |= sparsity_report(network, self.mask)
         written = self._write("complete", **measured)
@@ -186,6 +186,10 @@ class Run:
         state |= {"moments": self.moments, "seconds": began - self.start, "record": self.record, "format": 2}
         artifacts.save_state(self.state_file, state)
         self.next_save = time.perf_counter() + 20 * (time.perf_counter() - began)
+
+
+def _measure(network: nn.Module, test: Split | FileSplit) -> dict:
+    return {name: value for name, value in asdict(evaluate(network, test)).items() if value is not None}
 
 
 def _same(one: dict, other: dict) -> bool:

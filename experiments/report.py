@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from scipy.stats import ttest_rel
+from scipy.stats import binomtest, ttest_rel
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import collect
@@ -165,17 +165,35 @@ def difference(pairs: list[tuple[dict, dict]], moment: str) -> str:
     """Mean paired difference of accuracies ± its standard error, of two pairs or more, and what a paired t-test says.
 
     Its p-value is two-sided; a difference is shown below 0.01 only. n is named where not all pairs recorded the moment.
+    Of a single pair whose records know every answer: over the images, by `mcnemar`.
     """
+    if len(pairs) == 1 and all("right" in run.get(moment, {}) for run in pairs[0]):
+        return stated(*mcnemar(*(run[moment]["right"] for run in pairs[0])))
     both = [(a[moment]["accuracy"], b[moment]["accuracy"]) for a, b in pairs if moment in a and moment in b]
     if len(both) < 2:
         return ""
     ours, theirs = np.array(both).T
     error = np.std(ours - theirs, ddof=1) / np.sqrt(len(both))
     p = ttest_rel(ours, theirs).pvalue if error else np.nan
-    notes = [f"n = {len(both)}"] if len(both) < len(pairs) else []
+    return stated(np.mean(ours - theirs), error, p, [f"n = {len(both)}"] if len(both) < len(pairs) else [])
+
+
+def mcnemar(ours: str, theirs: str) -> tuple[float, float, float]:
+    """Difference of two networks' accuracies on the same images, its standard error, in points, and a p-value.
+
+    Exact and two-sided: of the images that one of them alone has right, half would be either's (McNemar, 1947).
+    """
+    won, lost = (sum(a > b for a, b in zip(x, y, strict=True)) for x, y in ((ours, theirs), (theirs, ours)))
+    n, p = len(ours), binomtest(won, won + lost).pvalue if won + lost else 1.0
+    return 100 * (won - lost) / n, 100 * np.sqrt(won + lost - (won - lost) ** 2 / n) / n, p
+
+
+def stated(mean: float, error: float, p: float, notes: list[str] = ()) -> str:
+    """A difference ± its standard error, and whether it is shown."""
+    notes = list(notes)
     if error:
         notes.append("p < 0.001" if p < 0.001 else f"p = {p:.{4 if round(p, 3) == 0.01 else 3}f}")
-    shown = f"{np.mean(ours - theirs):+.2f} ± {error:.2f}" + (f" ({', '.join(notes)})" if notes else "")
+    shown = f"{mean:+.2f} ± {error:.2f}" + (f" ({', '.join(notes)})" if notes else "")
     return shown if p < 0.01 else f"{shown}, no difference shown"
 
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common import activations, cli, parallel, refit
+from common import activations, cli, parallel, refit, training
 from common.cmi import kde
 from common.cmi.inputs import Layer
 from common.data import Split, crop_and_flip
@@ -125,10 +125,12 @@ def test_a_step_of_training_waits_for_nothing(gpu, monkeypatch, folder, opt, amp
     assert isinstance(optimizer.param_groups[0]["lr"], float)  # the schedule moves it without a look at the device
 
 
-def test_evaluation_waits_for_nothing_before_its_end(gpu):
+@pytest.mark.parametrize(("few", "found"), [(20, []), (21, ["to to the CPU"])])
+def test_evaluation_waits_for_nothing_before_its_end(gpu, monkeypatch, few, found):
+    monkeypatch.setattr(training, "FEW", few)  # of at most so many images the answers come too, after the sums
     with Waits() as waits:
-        evaluate(on_gpu(model_of("vgg16").build(10)), images_on_gpu(), batch_size=8)
-    assert not waits.found
+        evaluate(on_gpu(model_of("vgg16").build(10)), images_on_gpu(21), batch_size=8)
+    assert waits.found == found
 
 
 def test_activations_and_sensitivities_are_of_one_device(gpu):

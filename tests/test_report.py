@@ -135,6 +135,20 @@ def test_a_difference_is_shown_below_p_of_001_only(gains, told):
     assert report.difference(pairs, "test").endswith(told)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "told"),
+    [
+        ("1" * 54 + "0" * 46, "1" * 50 + "0" * 4 + "1" * 2 + "0" * 44, "+2.00 ± 2.44 (p = 0.688), no difference shown"),
+        ("1" * 20 + "0" * 80, "0" * 100, "+20.00 ± 4.00 (p < 0.001)"),
+        ("01", "01", "+0.00 ± 0.00, no difference shown"),
+    ],
+)
+def test_a_single_pair_is_compared_image_by_image(ours, theirs, told):
+    """By hand: 4 - 2 images of 100, and their p 2 P(B(6, 1/2) >= 4) = 44 / 64; sqrt(6 - 2² / 100)."""
+    pair = tuple(run("cmi", 90, 0.0, test={"accuracy": 0.0, "right": right}) for right in (ours, theirs))
+    assert report.difference([pair], "test") == told
+
+
 def test_where_a_moment_was_not_always_recorded_n_is_named():
     pairs = [(run("cmi", 90, 90.0 + k), run("random", 90, 80.0)) for k in range(3)]
     for run_ in pairs[0]:

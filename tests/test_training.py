@@ -100,6 +100,7 @@ def test_evaluate_is_accuracy_and_cross_entropy(split):
     metrics = evaluate(net, split, batch_size=33)
     assert metrics.accuracy == pytest.approx(100 * (logits.argmax(1) == split.labels).float().mean().item())
     assert metrics.loss == pytest.approx(nn.functional.cross_entropy(logits, split.labels).item(), rel=1e-5)
+    assert metrics.right == "".join("01"[hit] for hit in (logits.argmax(1) == split.labels).tolist())
     assert evaluate(net, None) is None
 
 
