@@ -20,7 +20,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import collect
 from common import cli, files
 from common.errors import InputError
-from rules import rule, scores_of, unchanged
+from rules import DENSE, rule, scores_of, unchanged
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -147,11 +147,12 @@ def differences(records: list[dict], name: str, moments: dict = MOMENTS) -> str:
     paired by seed, n pairs: they prune the same dense network.
     """
     points, parts, rows = by_point(records), {name.replace("CMI x magnitude", "CMI"), unchanged(name)} - {name}, []
-    for (share, control), theirs in points.items():
-        if (not control.startswith("CMI") or control in parts) and (share, name) in points:
-            pairs = paired(points[share, name], theirs)
-            cells = {title: difference(pairs, moment) for moment, title in moments.items()}
-            rows.append({f"{name}, ahead of": control, "pruned (%)": f"{share:.4g}", **cells, "n": len(pairs)})
+    for share, ours in ((share, runs) for (share, rule_), runs in points.items() if rule_ == name):
+        for (at, control), theirs in points.items():
+            if (at == share or control == DENSE) and (not control.startswith("CMI") or control in parts):
+                pairs = paired(ours, theirs)
+                cells = {title: difference(pairs, moment) for moment, title in moments.items()}
+                rows.append({f"{name}, ahead of": control, "pruned (%)": f"{share:.4g}", **cells, "n": len(pairs)})
     return markdown(rows)
 
 

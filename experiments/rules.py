@@ -14,6 +14,7 @@ import collect
 from common import artifacts, files
 
 CRITERIA = {"cmi": "CMI", "cmi-magnitude": "CMI x magnitude"}
+DENSE = "dense, retrained"  # with the recipe of the pruned ones, a control
 CHANGES = {"Even": "balanced", "Refit": "refit"}
 
 
@@ -24,6 +25,8 @@ def rule(record: dict) -> str:
     """
     if "rule" in record:  # an own one, named by who wrote it
         return record["rule"]
+    if not record.get("requested_percent", True):
+        return DENSE
     arguments, scores = record["arguments"], scores_of(record)
     criterion, file = arguments["Criterion"], Path(arguments.get("Retrain_mask") or "").stem
     parts = [CRITERIA.get(criterion, criterion)]

@@ -157,6 +157,12 @@ def test_where_a_moment_was_not_always_recorded_n_is_named():
     assert report.difference(pairs[:2], "test") == ""
 
 
+def test_the_dense_network_retrained_alike_is_a_control_at_every_share():
+    records = [run("cmi", share, 97.0, seed=0) for share in (50, 90)] + [run("magnitude", 0, 98.0, seed=0)]
+    lines = report.differences(records, "CMI").splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in lines] == [["| dense, retrained", "50"], ["| dense, retrained", "90"]]
+
+
 def test_a_combination_is_compared_with_cmi_alone_and_controls_only():
     records = [run(criterion, 90, 97.0, seed=0) for criterion in ("cmi", "cmi-magnitude", "magnitude")]
     records += [{**record, "scores": {"estimator": "gaussian", "given": "kept"}} for record in records]
