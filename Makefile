@@ -38,6 +38,7 @@ collect: .venv/ready
 
 tables: .venv/ready
 	$(BIN)/python experiments/report.py
+	$(BIN)/python experiments/figures.py
 	$(BIN)/python benchmarks/tables.py
 
 .venv/ready: requirements.txt requirements-dev.txt

@@ -10,8 +10,9 @@ from matplotlib.ticker import NullFormatter
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "experiments")]
 from common import files, records
+from figures import colour, save
 from output import FOLDER
-from report import fill, markdown, save_figure
+from report import fill, markdown
 
 BEST = "CMI, gaussian given kept, correlated groups, balanced, refit"  # of the rules in results/mnist_mlp
 
@@ -141,42 +142,44 @@ def selection_table(study: dict, share: float) -> str:
 
 def pictures(study: dict) -> None:
     """Scores of one layer, brighter where they are higher, and the blocks that are kept."""
-    figure, axes = plt.subplots(len(study["pictures"]), 1, figsize=(9, 8), layout="constrained")
+    figure, axes = plt.subplots(len(study["pictures"]), 1, figsize=(7, 6.5))
     for axis, (name, picture) in zip(axes, study["pictures"].items(), strict=True):
         axis.imshow([list(bytes.fromhex(row)) for row in picture["scores"]], cmap="viridis", aspect="auto")
         rows, columns = zip(*picture["kept"], strict=True)
-        axis.plot(columns, rows, "o", ms=4, mfc="none", color="tab:red", label="kept")
-        axis.set(title=name, xlabel="parent group", ylabel="child group")
-        axis.legend(loc="upper right")
-    save_figure(figure, files.RESULTS / "figures" / "scores.png")
+        axis.plot(columns, rows, "o", ms=4, mfc="none", color="tab:red")
+        axis.set(title=f"{name}; red: kept", xlabel="parent group", ylabel="child group")
+    save(figure, files.RESULTS / "figures" / "scores")
 
 
 def calibration_figure(calibration: dict) -> None:
     """Accuracy against confidence of dense and pruned networks, and their expected calibration errors."""
     rows = calibration["networks"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3))
     shown = [row for row in rows if row["rule"] in ("dense", BEST, "magnitude", "random")]
     shares = sorted({row["pruned_percent"] for row in shown})
     for row in shown:
         if row["pruned_percent"] in (0, shares[-1]):
-            axes[0].plot(row["confidence"], row["accuracy"], "o-", ms=4, label=row["rule"])
+            axes[0].plot(row["confidence"], row["accuracy"], "o-", color=colour(row["rule"]), label=row["rule"])
     axes[0].plot([0, 100], [0, 100], "k--", lw=1)
-    axes[0].set(xlabel="confidence (%)", ylabel="accuracy (%)", title=f"dense, and {shares[-1]:g} % of fc2 pruned")
+    axes[0].set(
+        xlabel="confidence (%)",
+        ylabel="accuracy (%)",
+        title=f"dense, and {shares[-1]:g} % of fc2 pruned (n = {rows[0]['networks']})",
+    )
     figure.legend(loc="outside lower center", ncols=2)
     for name in dict.fromkeys(row["rule"] for row in shown):
         own = [row for row in shown if row["rule"] == name]
         x = [shares.index(row["pruned_percent"]) for row in own]
-        axes[1].errorbar(
-            x, [r["calibration_error"] for r in own], [r["std"] for r in own], fmt="o-", capsize=3, label=name
-        )
+        bars = [r["calibration_error"] for r in own], [r["std"] for r in own]
+        axes[1].errorbar(x, *bars, fmt="o-", color=colour(name), label=name)
     axes[1].set_xticks(range(len(shares)), [f"{share:g}" for share in shares])
     axes[1].set(xlabel="pruned weights of fc2 (%)", ylabel="expected calibration error (%)")
-    save_figure(figure, files.RESULTS / "figures" / "calibration.png")
+    save(figure, files.RESULTS / "figures" / "calibration")
 
 
 def speed_figure(speed: dict) -> None:
     """Seconds against samples and against parent groups, both logarithmic, with the floor and the counted slope."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(7, 2.8))
     published = speed["published"]
     samples, groups = speed["by_samples"], speed["by_parent_groups"]
     panels = (
@@ -202,7 +205,7 @@ def speed_figure(speed: dict) -> None:
         axis.legend()
         for scale in (axis.xaxis, axis.yaxis):
             scale.set_minor_formatter(NullFormatter())
-    save_figure(figure, files.RESULTS / "figures" / "speed.png")
+    save(figure, files.RESULTS / "figures" / "speed")
 
 
 def main() -> None:

@@ -1,18 +1,17 @@
-"""From records to tables and figures.
+"""From records to tables.
 
-python experiments/report.py results/demo    table.md and figure.png of one folder of runs, in that folder
-python experiments/report.py                 all committed records: tables in README.md and results/README.md, figures
+python experiments/report.py results/demo    table.md of one folder of runs, in that folder
+python experiments/report.py                 all committed records: tables in README.md and results/README.md
 """
 
 import argparse
 import json
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from scipy.stats import binomtest, ttest_rel
 
@@ -22,17 +21,6 @@ from common import cli, files
 from common.errors import InputError
 from rules import DENSE, rule, scores_of, unchanged
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-COLOURS = {
-    "CMI": "tab:blue",
-    "CMI, gaussian given kept": "tab:cyan",
-    "CMI, gaussian given kept, correlated groups": "tab:green",
-    "CMI x magnitude, gaussian given kept": "tab:purple",
-    "magnitude": "tab:orange",
-    "random": "tab:gray",
-}
 MOMENTS = {
     "test_before_retraining": "accuracy before retraining (%)",
     "test_after_1_epoch": "after 1 epoch (%)",
@@ -269,107 +257,10 @@ def scoring_table(records: list[dict]) -> str:
     return markdown([row])
 
 
-def figure(records: list[dict], target: Path, title: str, paper: dict | None = None) -> None:
-    """Accuracy against pruned share, before and after retraining: mean and standard deviation over runs.
-
-    Rules that ran at a single share of several are left to the tables.
-    """
-    points = by_point(records)
-    shares, ran = sorted({share for share, _ in points}), Counter(name for _, name in points)
-    names = [name for name in sorted(ran) if ran[name] > 1 or len(shares) == 1]
-    of = paper["pruned_of"] if paper else "masked_layers"
-    percents = {key: [r[f"pruned_percent_{of}"] for r in runs] for key, runs in points.items()}
-    pruned = [np.mean([x for name in names for x in percents.get((share, name), [])]) for share in shares]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for axis, when, moment in zip(axes, ("test_before_retraining", "test"), ("before", "after"), strict=True):
-        for k, name in enumerate(names):
-            values = [accuracies(points.get((share, name), []), when) for share in shares]
-            style = {"color": COLOURS.get(unchanged(name)), "ls": "--" if name == unchanged(name) else "-"}
-            draw(axis, values, 0.04 * (k - (len(names) - 1) / 2), label=name, **style)
-        label = f"pruned weights of the {of.replace('_', ' ')} (%)"
-        axis.set(title=f"{moment} retraining", xlabel=label, ylabel="test accuracy (%)")
-        axis.set_xticks(np.arange(len(shares)), [f"{percent:.4g}" for percent in pruned])
-    if dense := accuracies(baselines(records)):
-        axes[1].axhline(np.mean(dense), color="black", lw=1, ls="--", label="dense")
-    mint = [point for point in paper["points"] if point["name"] == "MINT"] if paper else []
-    if mint:
-        x = np.interp([point["pruned_percent"] for point in mint], pruned, np.arange(len(shares)))
-        accuracy = [point["accuracy"] for point in mint]
-        axes[1].plot(x, accuracy, "*", ms=13, color="tab:red", label="paper: MINT", zorder=5)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle(title)
-    save_figure(figure, target)
-
-
-def draw(axis: plt.Axes, values: list[list[float]], shift: float, **style) -> None:
-    """Mean and standard deviation of every list, side by side; `shift` keeps several rules apart."""
-    mean = [np.mean(value) if value else np.nan for value in values]
-    std = [np.std(value, ddof=1) if len(value) > 1 else 0 for value in values]
-    axis.errorbar(np.arange(len(values)) + shift, mean, std, marker="o", capsize=3, **style)
-
-
-def layers_figure(records: list[dict], target: Path, title: str) -> None:
-    """What every rule keeps of every layer, at one pruned share: means over runs."""
-    points = by_point(records)
-    layers = list(next(iter(points.values()))[0]["pruned_percent_by_layer"])
-    height = 0.5 + 0.32 * len(points) * max(1, len(layers) / 3) + 0.15 * len(points)
-    figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
-    for k, ((_, name), runs) in enumerate(points.items()):
-        kept = [100 - np.mean([r["pruned_percent_by_layer"][layer] for r in runs]) for layer in layers]
-        y = np.arange(len(layers)) + 0.8 * (k / len(points) - 0.5)
-        axis.barh(y, kept, 0.75 / len(points), label=name)
-    axis.set_yticks(np.arange(len(layers)), layers)
-    axis.set(xscale="log", xlabel="kept weights of the layer (%)", title=title)
-    axis.invert_yaxis()
-    figure.legend(loc="outside lower center", ncols=2)
-    save_figure(figure, target)
-
-
-def groups_figure(records: list[dict], target: Path, paper: list[dict]) -> None:
-    """Experiment 2: accuracy against the number of groups, and against the images per class."""
-    found = by_groups(records)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained", sharey=True)
-    panels = (("groups", "samples_per_class", 250), ("samples_per_class", "groups", 20))
-    for axis, (varied, fixed, value) in zip(axes, panels, strict=True):
-        points = sorted((point for point in paper if point[fixed] == value), key=lambda point: point[varied])
-        keys = list(dict.fromkeys((point["groups"], point["samples_per_class"]) for point in points))
-        ticks = list(dict.fromkeys(point[varied] for point in points))
-        for k, name in enumerate(COMPARED):
-            values = [accuracies(found[*key, name]) for key in keys]
-            draw(axis, values, 0.06 * (k - 1), label=name, color=COLOURS[name])
-        stars = [ticks.index(point[varied]) for point in points], [point["accuracy"] for point in points]
-        axis.plot(*stars, "*", ms=13, color="tab:red", label="paper: MINT")
-        axis.set_xticks(range(len(ticks)), ticks)
-        axis.set(xlabel=f"{varied}, {fixed} {value}".replace("samples_per_class", "images per class"))
-    axes[0].set(ylabel="test accuracy (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    save_figure(figure, target)
-
-
 def fill(page: Path, name: str, content: str) -> None:
     """Replace what stands between the markers <!-- name --> and <!-- end name --> of a page."""
     marked = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
     files.write_bytes(page, marked.sub(lambda m: m[1] + content + m[2], page.read_text(encoding="utf-8")).encode())
-
-
-def save_figure(figure: plt.Figure, target: Path) -> None:
-    """Write a figure so that the same records give the same bytes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-
-
-def figures(paper: dict) -> None:
-    """All figures of experiments that the paper has too, as far as they have been run."""
-    for name, of_paper in paper.items():
-        records, target = collect.finished(files.RESULTS / name), files.RESULTS / "figures" / f"{name}.png"
-        shares = {share for share, _ in by_point(records)}
-        if shares and isinstance(of_paper, list):
-            groups_figure(records, target, of_paper)
-        elif len(shares) > 1:
-            figure(records, target, of_paper["title"], of_paper)
-        elif shares:
-            layers_figure(records, target, of_paper["title"])
 
 
 def pages(paper: dict) -> None:
@@ -390,16 +281,19 @@ def main() -> None:
     folder = parser.parse_args().folder
     if folder is None:
         paper = json.loads((files.RESULTS / "paper.json").read_text(encoding="utf-8"))
-        figures(paper)
         pages(paper)
         return
+    page = folder / "table.md"
+    page.write_text(table(runs_of(folder)), encoding="utf-8")
+    print(f"{page.read_text(encoding='utf-8')}\ntable: {page}")
+
+
+def runs_of(folder: Path) -> list[dict]:
+    """The records of a folder in which something was pruned."""
     records = collect.finished(folder)
     if not of_stage(records, 3):
         raise InputError(f"{folder} holds no finished run of stage 3")
-    page, image = folder / "table.md", folder / "figure.png"
-    page.write_text(table(records), encoding="utf-8")
-    figure(records, image, folder.name)
-    print(f"{page.read_text(encoding='utf-8')}\ntable: {page}\nfigure: {image}")
+    return records
 
 
 if __name__ == "__main__":

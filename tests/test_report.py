@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 import collect
+import figures
 import published
 import report
 import rules
@@ -91,14 +92,39 @@ def test_a_folder_of_runs_has_its_own_table_and_figure(folder, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["report", str(folder)])
     report.main()
     assert (folder / "table.md").read_text() in capsys.readouterr().out
+    figures.main()
+    assert "<svg" in (folder / "figure.svg").read_text()
     assert (folder / "figure.png").is_file()
 
 
 def test_the_same_records_give_the_same_figure(records, tmp_path):
-    figures = [tmp_path / name for name in ("a.png", "b.png")]
-    for target in figures:
-        report.figure(records, target, "title")
-    assert figures[0].read_bytes() == figures[1].read_bytes()
+    targets = [tmp_path / name for name in "ab"]
+    for target in targets:
+        figures.accuracy_figure(records, target, "title", figures.ENDS)
+    for suffix in (".svg", ".png"):
+        assert len({target.with_suffix(suffix).read_bytes() for target in targets}) == 1
+
+
+def test_bands_are_means_and_deviations_against_what_is_kept(records):
+    """Two runs of 97 and 99 % at 90 % pruned: mean 98 and deviation sqrt(2) at 10 % kept."""
+    axis = figures.plt.figure().subplots()
+    figures.curve(
+        axis,
+        [[run for run in records if run.get("arguments", {}).get("Criterion") == "cmi"]],
+        "CMI",
+        "test",
+        "masked_layers",
+    )
+    assert axis.lines[0].get_xydata().tolist() == [[10.0, 98.0]]
+    assert np.ptp(axis.collections[0].get_paths()[0].vertices[:, 1]) == pytest.approx(2 * 2**0.5)
+
+
+def test_short_names_have_one_colour_each():
+    name = "CMI, gaussian given kept, positions, single units, refit"
+    assert (figures.short(name), figures.treatment(name)) == ("CMI, given kept", "refit")
+    assert figures.treatment("magnitude") == "one threshold, not refitted"
+    assert figures.colour("magnitude, correlated groups, balanced, refit") == figures.COLOURS["magnitude"]
+    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
 
 
 def test_only_what_is_between_the_markers_is_replaced(tmp_path):
