@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 
-.PHONY: demo test test-all soak audit lint bench experiments collect tables
+.PHONY: demo test test-all soak audit lint bench experiments collect tables claims
 
 demo: .venv/ready
 	PYTHON=$(BIN)/python mlp/demo.sh
@@ -40,6 +40,10 @@ tables: .venv/ready
 	$(BIN)/python experiments/report.py
 	$(BIN)/python experiments/figures.py
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python experiments/readme.py
+
+claims: .venv/ready
+	$(BIN)/python experiments/claims.py
 
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv --clear .venv

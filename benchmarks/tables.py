@@ -31,7 +31,7 @@ def mean_std(row: dict) -> str:
 
 
 def costs(scoring: dict, training: dict, speed: dict) -> str:
-    """What the README says of cost."""
+    """What scoring and training cost."""
     wall, epochs, last = scoring["wall_seconds_by_cores"], training["epochs_per_minute"], speed["published"][-1]
     n, (parents, children) = scoring["samples"], scoring["groups"]
     small = " x ".join(map(str, speed["by_samples"][0]["groups"]))
@@ -217,7 +217,7 @@ def main() -> None:
         row["dims"] = ", ".join(map(str, row["dims"]))
     page, soak = ROOT / "common" / "cmi" / "README.md", records.read(files.RESULTS / "soak.json")
     fill(ROOT / "SECURITY.md", "campaigns soak.json", campaigns_table(soak))
-    fill(ROOT / "README.md", "costs", costs(scoring, training, speed))
+    fill(files.RESULTS / "README.md", "costs", costs(scoring, training, speed))
     fill(
         page,
         "accuracy",
