@@ -17,17 +17,31 @@ import collect
 from common import cli, files
 from method import picture
 from report import accuracies, baselines, by_point, fill, markdown, mean_std, of_stage, pruned_percent
-from rules import rule
+from rules import DENSE, rule
 
 POSITIONS = "CMI, gaussian given kept, positions"
 NETWORKS = {  # rows of the README: the published experiment; our rule by experiment, the first that has been run
     "MLP, MNIST": ("mnist_mlp", {"mnist_mlp": "CMI, balanced, refit"}),
-    "VGG16, CIFAR-10": ("cifar10_vgg16", {"cifar10_vgg16": "CMI"}),
+    "VGG16, CIFAR-10": (
+        "cifar10_vgg16",
+        {
+            "cifar10_vgg16": "CMI",
+            "cifar10_vgg16_retrained": f"{POSITIONS}, refit",
+            "cifar10_vgg16_before": f"{POSITIONS}, refit",
+        },
+    ),
     "ResNet56, CIFAR-10": (
         "cifar10_resnet56",
-        {"cifar10_resnet56": "CMI, single units", "cifar10_before": f"{POSITIONS}, single units, refit"},
+        {
+            "cifar10_resnet56": "CMI, single units",
+            "cifar10_retrained": f"{POSITIONS}, single units, refit",
+            "cifar10_before": f"{POSITIONS}, single units, refit",
+        },
     ),
-    "ResNet50, ImageNet": ("imagenet_resnet50", {"imagenet_before": f"{POSITIONS}, refit"}),
+    "ResNet50, ImageNet": (
+        "imagenet_resnet50",
+        {"imagenet_retrained": f"{POSITIONS}, refit", "imagenet_before": f"{POSITIONS}, refit"},
+    ),
 }
 COMMANDS = {  # that make the records
     "mnist_mlp": "experiments/mnist.sh fc2",
@@ -37,8 +51,13 @@ COMMANDS = {  # that make the records
     "mnist_weights_long": "experiments/mnist.sh weights_long",
     "mnist_weights_rounds": "experiments/mnist.sh weights_rounds",
     "cifar10_vgg16": "experiments/cifar10.sh vgg16",
+    "cifar10_vgg16_retrained": "EPOCHS={} experiments/rules.sh vgg16",
+    "cifar10_vgg16_before": "experiments/rules.sh vgg16",
     "cifar10_resnet56": "experiments/cifar10.sh resnet56",
-    "cifar10_before": "experiments/before.sh",
+    "cifar10_retrained": "EPOCHS={} experiments/rules.sh resnet56",
+    "cifar10_before": "experiments/rules.sh resnet56",
+    "imagenet_retrained": "EPOCHS={} experiments/rules.sh resnet50",
+    "imagenet_before": "experiments/rules.sh resnet50",
 }
 BY_MACHINE = {"cores": "all that there are", "Workers": "as many as cores, at most 8"}  # defaults of flags
 OF = {"masked_layers": "masked layers", "network": "all"}
@@ -62,10 +81,10 @@ def networks_table(paper: dict) -> str:
             "network": network,
             "paper": f"{dense['accuracy']:.2f} → {mint['accuracy']:.2f} ({share:.1f} % of {OF[of]})",
         }
-        row |= dict.fromkeys(("pruned here", "dense", "**here**", *CONTROLS, "n"), "")
+        row |= dict.fromkeys(("pruned here", "epochs", "dense", "**here**", *CONTROLS, "n"), "")
         experiment = next(filter(finished, choices), None)
         here = measured(experiment, choices[experiment], share, of) if experiment else {"**here**": "not run yet"}
-        rows.append({**row, **here, "record, command": made_by(experiment or next(iter(choices)))})
+        rows.append({**row, **here, "record, command": made_by(experiment or list(choices)[-1])})
     return markdown(rows)
 
 
@@ -86,12 +105,14 @@ def measured(experiment: str, ours: str, share: float, of: str) -> dict[str, str
     first = runs["**here**"][0]
     pruned = ", ".join(f"{pruned_percent(first, layers):.1f} % of {words}" for layers, words in OF.items())
     cells = {name: before_and_after(found) for name, found in runs.items()}
-    n = len({r["arguments"]["Retrain"] for r in runs["**here**"]})
-    return {"pruned here": pruned, "dense": mean_std(accuracies(dense_of(runs["**here**"]))), **cells, "n": n}
+    again = [r for r in points.get((0, DENSE), []) if r["seed"] in seeds]
+    dense = mean_std(accuracies(dense_of(runs["**here**"]))) + (f" → {mean_std(accuracies(again))}" if again else "")
+    row = {"pruned here": pruned, "epochs": first["arguments"]["Epoch"], "dense": dense, **cells}
+    return {**row, "n": len({r["arguments"]["Retrain"] for r in runs["**here**"]})}
 
 
 def before_and_after(records: list[dict]) -> str:
-    """Accuracy before -> after retraining, of every network the mean over its runs; or that it was not retrained."""
+    """Accuracy before -> after retraining, if there was any, of every network the mean over its runs."""
     networks = defaultdict(list)
     for record in records:
         networks[record["arguments"]["Retrain"]].append(record)
@@ -101,7 +122,7 @@ def before_and_after(records: list[dict]) -> str:
     if not records:
         return "not run yet"
     retrained = records[0]["arguments"]["Epoch"]
-    return f"{np.mean(before):.1f} → {mean_std(after)}" if retrained else f"{mean_std(before)} (not retrained)"
+    return f"{np.mean(before):.1f} → {mean_std(after)}" if retrained else mean_std(before)
 
 
 def dense_of(records: list[dict]) -> list[dict]:
@@ -113,10 +134,11 @@ def dense_of(records: list[dict]) -> list[dict]:
 
 
 def made_by(experiment: str, results: str = "results/") -> str:
-    """An experiment's records and the command that makes them, as far as there are any."""
+    """An experiment's records, if there are any, and the command that makes them."""
     file = f"{experiment}.jsonl"
     record = f"[{experiment}]({results}{file})" if (files.RESULTS / file).is_file() else experiment
-    return f"{record}: `{COMMANDS[experiment]}`" if experiment in COMMANDS else record
+    epochs = next((run["arguments"]["Epoch"] for run in of_stage(finished(experiment), 3)), "N")
+    return f"{record}: `{COMMANDS[experiment].format(epochs)}`"
 
 
 def history() -> str:
@@ -143,7 +165,8 @@ def by_recipe(experiment: str) -> list[tuple]:
     found = defaultdict(list)
     for record in of_stage(finished(experiment), 3):
         recipe = (record["arguments"].get(flag) for flag in ("Epoch", "Weight_decay", "Dropout"))
-        found[record["requested_percent"], rule(record), *recipe].append(record)
+        if rule(record) != DENSE:
+            found[record["requested_percent"], rule(record), *recipe].append(record)
     return [
         (max(r["date"] for r in runs), 100 - np.mean(accuracies(runs)), name, runs)
         for (_, name, *_), runs in found.items()
