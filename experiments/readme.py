@@ -81,7 +81,7 @@ def networks_table(paper: dict) -> str:
             "network": network,
             "paper": f"{dense['accuracy']:.2f} → {mint['accuracy']:.2f} ({share:.1f} % of {OF[of]})",
         }
-        row |= dict.fromkeys(("pruned here", "epochs", "dense", "**here**", *CONTROLS, "n"), "")
+        row |= dict.fromkeys(("rule here", "pruned", "epochs", "dense", "**here**", *CONTROLS, "n"), "")
         experiment = next(filter(finished, choices), None)
         here = measured(experiment, choices[experiment], share, of) if experiment else {"**here**": "not run yet"}
         rows.append({**row, **here, "record, command": made_by(experiment or list(choices)[-1])})
@@ -107,7 +107,7 @@ def measured(experiment: str, ours: str, share: float, of: str) -> dict[str, str
     cells = {name: before_and_after(found) for name, found in runs.items()}
     again = [r for r in points.get((0, DENSE), []) if r["seed"] in seeds]
     dense = mean_std(accuracies(dense_of(runs["**here**"]))) + (f" → {mean_std(accuracies(again))}" if again else "")
-    row = {"pruned here": pruned, "epochs": first["arguments"]["Epoch"], "dense": dense, **cells}
+    row = {"rule here": ours, "pruned": pruned, "epochs": first["arguments"]["Epoch"], "dense": dense, **cells}
     return {**row, "n": len({r["arguments"]["Retrain"] for r in runs["**here**"]})}
 
 

@@ -163,17 +163,21 @@ def test_a_network_has_the_published_point_and_equal_controls_at_the_nearest_sha
         experiment("cmi", 50, seed, 98.0)
     experiment("cmi", 88, 9, 10.0)  # magnitude has no such run
     cells = row_of(monkeypatch)
-    assert cells[1:3] == ["98.00 → 97.00 (90.0 % of masked layers)", "88.0 % of masked layers, 44.0 % of all"]
-    assert cells[3:5] == ["3", "98.50 ± 0.71"]
-    assert cells[5:] == ["84.5 → 94.50 ± 2.12", "83.5 → 93.50 ± 2.12", "not run yet", "2", "any: `any.sh`"]
+    assert cells[1:4] == [
+        "98.00 → 97.00 (90.0 % of masked layers)",
+        "CMI, refit",
+        "88.0 % of masked layers, 44.0 % of all",
+    ]
+    assert cells[4:6] == ["3", "98.50 ± 0.71"]
+    assert cells[6:] == ["84.5 → 94.50 ± 2.12", "83.5 → 93.50 ± 2.12", "not run yet", "2", "any: `any.sh`"]
 
 
 def test_networks_without_records_or_without_retraining_say_so(experiment, monkeypatch):
     shutil.rmtree(files.RESULTS / "any")
-    assert row_of(monkeypatch)[5] == "not run yet"
+    assert row_of(monkeypatch)[6] == "not run yet"
     readme.finished.cache_clear()
     experiment("cmi", 90, 0, 90.0, epochs=0)
-    assert row_of(monkeypatch)[3:6] == ["0", "", "80.00"]
+    assert row_of(monkeypatch)[4:7] == ["0", "", "80.00"]
 
 
 def test_the_history_is_of_days_that_were_better_than_all_before(experiment):
