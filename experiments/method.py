@@ -59,7 +59,7 @@ def picture(target: Path) -> None:
         "3  the lowest blocks go",
         "4  retrain the rest, once",
     )
-    with matplotlib.rc_context(STYLE):
+    with plt.style.context(["default", STYLE]):
         figure, axes = plt.subplots(1, 4, figsize=(13, 3.4))
         figure.subplots_adjust(left=0.01, right=0.99, top=0.88, bottom=0.2, wspace=0.25)
         network(axes[0], np.ones_like(KEPT))
