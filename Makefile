@@ -21,7 +21,7 @@ soak: .venv/ready
 
 audit: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
-	$(BIN)/pip-audit --requirement requirements.txt --disable-pip --no-deps
+	$(BIN)/pip-audit --requirement requirements-export.txt --disable-pip --no-deps
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -45,7 +45,7 @@ tables: .venv/ready
 claims: .venv/ready
 	$(BIN)/python experiments/claims.py
 
-.venv/ready: requirements.txt requirements-dev.txt
+.venv/ready: requirements.txt requirements-export.txt requirements-dev.txt
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@

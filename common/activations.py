@@ -98,6 +98,19 @@ def output_layer(network: nn.Module, split: Split | FileSplit) -> str | None:
     return next((key for key, _ in reversed(ran) if len(layers[key].weight) == outputs.shape[1]), None)
 
 
+def output_positions(network: nn.Module, split: Split | FileSplit) -> dict[str, int]:
+    """For how many positions of an image's map each weight of a layer is used, by key; 0 of layers that do not run."""
+    layers = {f"{name}.weight": layer for name, layer in network.named_modules() if isinstance(layer, KINDS)}
+    counts = dict.fromkeys(layers, 0)
+
+    def count(key: str, _, output: Tensor) -> None:
+        counts[key] += output.numel() // len(output) // len(layers[key].weight)
+
+    with forward_hooks(network, list(layers), count):
+        _try(network, [], split)
+    return counts
+
+
 @torch.no_grad()
 def _try(network: nn.Module, keys: list[str], split: Split | FileSplit) -> tuple[list, Tensor, int]:
     """Run the network on two images: (key, input's shape) of every layer that ran, the outputs, number of images."""

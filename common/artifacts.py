@@ -121,12 +121,15 @@ def _load(content: bytes, path: Path, what: str, remedy: str):
         raise InputError(f"{path} is not {what} ({why}); {remedy}") from error
 
 
-def load_weights(network: torch.nn.Module, path: Path) -> dict:
-    """Load a finished run's weights into the network, all of them or none; returns the checkpoint."""
+def load_weights(network: torch.nn.Module, path: Path, *, foreign: bool = False) -> dict:
+    """Load a finished run's weights into the network, all of them or none; returns the checkpoint.
+
+    `foreign`: also another program's.
+    """
     status = records.read(record_path(path)).get("status") if record_path(path).is_file() else "complete"
     if status in UNFINISHED:
         raise InputError(f"{path} is of a run that {UNFINISHED[status]}; run the command that makes it again")
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, foreign=foreign)
     load_state_dict(network, checkpoint["state_dict"], path)
     return checkpoint
 

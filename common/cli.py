@@ -5,11 +5,14 @@ Errors of other modules speak of `parameters`; `run` says them by the names of t
 
 import argparse
 import contextlib
+import importlib.util
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -17,12 +20,12 @@ from typing import NamedTuple
 import joblib
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from common import artifacts, parallel, records, runs, scoring
-from common.activations import output_layer, run_order
+from common import artifacts, export, parallel, records, runs, scoring
+from common.activations import output_layer, output_positions, run_order
 from common.cmi import ESTIMATORS, kde
 from common.cmi.inputs import out_of_memory
 from common.data import Data, FileSplit, Split, load, sample_per_class
@@ -91,7 +94,10 @@ COUNT, SHARE, INDEX = number(int, 1, MOST), number(float, 0, 1), number(int, 0, 
 POSITIVE = number(float, 0, above=True)
 CORES = joblib.cpu_count()  # that this process may use
 MANY = {"nargs": "+"}
+GPU = "number of the CUDA GPU, if any; under torchrun by process"
 COMPILE = "train through torch.compile: slow to start; --no-Compile: nor by the CUDA graphs that a single GPU replays"
+GRANULARITY = ("block", "channel")
+GRAINS = "blocks, or whole input channels: all children are one group, every parent one; residual sums stay"
 BY_LAYER = "one for all pairs, or one per pair (default: model.py's, by layer)"
 GO_ON = "the same command goes on from what is written"
 SWITCH, ON = {"action": Switch}, {"action": "store_true"}
@@ -104,11 +110,12 @@ def _flag(stages: str, kind, help_: str, default=None, **options) -> dict:
 
 def _everywhere(name: str, *flag, **options) -> dict:
     """A flag that stage 2 spells in lower case."""
-    return {name: _flag("13", *flag, **options), name.lower(): _flag("2", *flag, **options)}
+    return {name: _flag("134", *flag, **options), name.lower(): _flag("2", *flag, **options)}
 
 
 EVERYDAY = {
-    "Save_dir": _flag("13", results_path, "the runs go to SAVE_DIR/0, SAVE_DIR/1, ..."),
+    "Checkpoint": _flag("4", results_path, "the weights to export: of stage 1 or 3, or another program's"),
+    "Save_dir": _flag("134", results_path, "runs go to SAVE_DIR/0, SAVE_DIR/1, ...; stage 4: the files"),
     "Epoch": _flag("13", COUNT, "epochs"),
     "Batch_size": _flag("13", COUNT, "images per step, over all processes"),
     "Lr": _flag("13", POSITIVE, "learning rate; with --Schedule one-cycle its peak"),
@@ -125,10 +132,13 @@ EVERYDAY = {
     "cores": _flag("2", COUNT, "parallel workers", CORES),
     "Retrain": _flag("3", results_path, "the checkpoint to prune"),
     "Prune_per": _flag("3", SHARE, "the pruned share itself, instead of the grid and KEY_ID"),
-    "Prune_of_network": _flag("3", None, "pruned shares are of all weights, not of the masked layers'", **ON),
+    "Prune_of": _flag("3", ("weights", "macs"), "pruned shares count weights, or their multiply-adds", "weights"),
+    "Prune_of_network": _flag("3", None, "pruned shares are of the whole network, not of the masked layers", **ON),
     "Criterion": _flag("3", CRITERIA, "what ranks the blocks: scores, also times mean weight, or a control", "cmi"),
 }
 PRUNING = {
+    "Granularity": _flag("3", GRANULARITY, GRAINS, "block"),
+    "granularity": _flag("2", GRANULARITY, GRAINS, "block"),
     "children_key": _flag("3", None, "the layers that are pruned (default: the MAX_SPARSITY of model.py)", **MANY),
     "parent_key": _flag("3", None, "what each of them reads (default: by PAIRS of model.py)", **MANY),
     "parent_clusters": _flag("23", COUNT, f"number of groups of parents: {BY_LAYER}", **MANY),
@@ -176,9 +186,12 @@ DATA = {
     **_everywhere("Model", None, "the network of this folder"),
 }
 MACHINE = {
-    **_everywhere("Device_ids", INDEX, "number of the CUDA GPU, if any; under torchrun by process", [0], **MANY),
+    "Device_ids": _flag("13", INDEX, GPU, [0], **MANY),
+    "device_ids": _flag("2", INDEX, GPU, [0], **MANY),
     "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (default: cpu)"),
-    "Workers": _flag("13", number(int, 0, 1024), "processes that read images that are not in memory", min(8, CORES)),
+    "Threads": _flag("4", COUNT, "CPU threads that latency is measured with, one number after the other", [1], **MANY),
+    "Seconds": _flag("4", number(float, 0), "of measuring per batch size and number of threads; 0: none", 10.0),
+    "Workers": _flag("134", number(int, 0, 1024), "processes that read images that are not in memory", min(8, CORES)),
     "Amp": _flag("13", None, "train in bfloat16 where safe (default: on GPUs that have it)", **SWITCH),
     "Compile": _flag("13", None, COMPILE, **SWITCH),
     "Resume": _flag("13", None, "go on where a killed run was", True, **SWITCH),
@@ -190,7 +203,8 @@ FLAGS = {name: flag for group in HELP.values() for name, flag in group.items()}
 # Not recorded: what makes no difference to the result; what is younger than the first records and as it was then.
 UNRECORDED = {"stage", "code", "cores", "Expt_rerun", "Device_ids", "device_ids", "Data_dir", "data_dir", "Workers"}
 UNRECORDED |= {"Resume", "key_ids"}
-AS_EVER = {"Schedule": "steps", "Warm_up": 0.3, "Label_smoothing": 0.0, "sampling": "means", "positions": None}
+AS_EVER = {"Granularity": "block", "granularity": "block", "Prune_of": "weights"}
+AS_EVER |= {"Schedule": "steps", "Warm_up": 0.3, "Label_smoothing": 0.0, "sampling": "means", "positions": None}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -214,15 +228,16 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
             if _stage in flag["stages"]:
                 group.add_argument(f"--{name}", **_options(name, flag, defaults))
     args = parser.parse_args(argv)
-    if stage == 2 and parallel.size() > 1:
-        raise InputError("stage 2 is one process that uses all cores (--cores); start it without torchrun")
+    if stage in (2, 4) and parallel.size() > 1:
+        cores = "one process that uses all cores (--cores)" if stage == 2 else "one process"
+        raise InputError(f"stage {stage} is {cores}; start it without torchrun")
     gpus, classes = ("device_ids", "classes") if stage == 2 else ("Device_ids", "Classes")
     given = vars(args)
-    if len(given[gpus]) > 1:
+    if len(given.setdefault(gpus, [0])) > 1:
         raise InputError(f"--{gpus} {_shown(given[gpus])}: one GPU a process; for several use torchrun")
     given[gpus], given[classes] = given[gpus][0], given[classes] and list(dict.fromkeys(given[classes]))
     args.stage, args.code = stage, records.code_of(Path(script).resolve())
-    {1: _check_training, 2: _check_scoring, 3: _check_pruning}[stage](args, model)
+    {1: _check_training, 2: _check_scoring, 3: _check_pruning, 4: _check_exporting}[stage](args, model)
     return args
 
 
@@ -235,7 +250,7 @@ def _defaults(model: ModuleType, stage: int) -> dict:
         _check_values(f"model.py: {table}", getattr(model, table))
     base = f"{model.NAME}/baseline"
     values = {"Model": model.NAME, "weights_dir": f"{base}/0", "Retrain": f"{base}/0/logits_best.pkl"}
-    values |= {"Save_dir": base if stage == 1 else f"{model.NAME}/pruned"}
+    values |= {"Save_dir": {1: base, 3: f"{model.NAME}/pruned"}.get(stage), "Checkpoint": values["Retrain"]}
     values |= {"Samples_per_class": model.SCORING["samples_per_class"]}
     values |= model.RETRAINING if stage == 3 else model.TRAINING
     values |= {name.lower(): value for name, value in values.items()}  # as stage 2 spells them
@@ -307,7 +322,7 @@ def _has_batch_norm(args: argparse.Namespace, model: ModuleType) -> bool:
 
 def _check_scoring(args: argparse.Namespace, model: ModuleType) -> None:
     args.key_ids = range(len(model.PAIRS)) if args.key_id == "all" else [in_range(args.key_id, model.PAIRS)]
-    resolve_groups(args, [model.PAIRS[k][1] for k in args.key_ids], model.GROUPS)
+    resolve_groups(args, [model.PAIRS[k][1] for k in args.key_ids], model)
     if args.given == model.SCORING.get("given") and args.estimator != model.SCORING.get("estimator", "kde"):
         args.given = None  # the default belongs to the default estimator
     if args.sampling == "means":
@@ -326,6 +341,15 @@ def _check_pruning(args: argparse.Namespace, model: ModuleType) -> None:
         raise InputError(f"--Save_dir {where} holds the checkpoint that is pruned; name another directory")
     if not (args.Refit or args.Criterion == "taylor" or _has_batch_norm(args, model)):
         args.Samples_per_class = None  # no images are needed: not recorded
+
+
+def _check_exporting(args: argparse.Namespace, _model: ModuleType) -> None:
+    absent = [name for name in export.PACKAGES if importlib.util.find_spec(name) is None]
+    if absent:
+        raise InputError(f"stage 4 needs {', '.join(absent)}: pip install -r requirements-export.txt")
+    args.Save_dir = args.Save_dir or args.Checkpoint.parent / "export"
+    if args.Save_dir == args.Checkpoint.parent:
+        raise InputError(f"--Save_dir {display_path(args.Save_dir)} holds the checkpoint; name another directory")
 
 
 def recorded(args: argparse.Namespace) -> dict:
@@ -399,6 +423,40 @@ def start_run(
     return runs.start(args.Save_dir / str(rerun) / name, record, images, **options)
 
 
+def example_images(args: argparse.Namespace) -> Tensor:
+    """Random training images on the CPU that stage 4 traces, checks and measures a network with."""
+    reading = {"classes": args.Classes, "workers": args.Workers, "skip": args.Skip_unreadable}
+    split = load(args.Dataset, args.Data_dir, val_size=0, device=torch.device("cpu"), **reading).train
+    rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: max(export.BATCHES)]
+    return next(iter(split[rows].batches(len(rows))))[0]
+
+
+@contextlib.contextmanager
+def start_export(args: argparse.Namespace) -> Iterator[Callable[[dict[str, bytes], dict], None] | None]:
+    """What writes stage 4's files, by suffix, and their record, alone with them; None if they are there already."""
+    path = (args.Save_dir / args.Checkpoint.name).with_suffix(".safetensors")
+    record = {"stage": 4, "arguments": recorded(args), "inputs": records.checksums(args.Checkpoint), **args.code}
+    _note_other_code(args, args.Checkpoint)
+
+    def write(contents: dict[str, bytes], measured: dict) -> None:
+        known = {**record, **records.environment(torch.device("cpu")), "status": "complete", **measured}
+        known["packages"] |= {package: version(package) for package in export.PACKAGES}
+        records.save({path.with_suffix(suffix): content for suffix, content in contents.items()}, known)
+        print(export.table(known))
+        print(f"{path.with_suffix('')}: {', '.join(contents)} and the record are written")
+
+    with file_lock(path):
+        done = records.is_complete(path, record, "name another --Save_dir, or remove these files", export.table)
+        yield None if done else write
+
+
+def about(args: argparse.Namespace) -> dict[str, str]:
+    """What exported weights say of themselves: the architecture and the record of the run that made them."""
+    known = records.record_path(args.Checkpoint)
+    record = {k: v for k, v in (records.read(known) if known.is_file() else {}).items() if k != "epochs"}
+    return {"format": "pt", "architecture": args.Model, "record": json.dumps(record)}
+
+
 def _note_other_code(args: argparse.Namespace, checkpoint: Path) -> None:
     """Say if model.py is not what it was when the checkpoint was made."""
     known = records.record_path(checkpoint)
@@ -425,7 +483,7 @@ def pending_pairs(
     with contextlib.ExitStack() as locks:
         for key_id, *groups in zip(args.key_ids, args.parent_clusters, args.children_clusters, strict=True):
             parent, child = model.PAIRS[key_id]
-            blocks = contiguous_blocks(network, child, *groups, last)
+            blocks = contiguous_blocks(network, child, *groups, "" if args.granularity == "channel" else last)
             paths = tuple(artifacts.score_path(family, parent, child) for family in families)
             of_pair = {"key_id": key_id, "parent_clusters": groups[:1], "children_clusters": groups[1:]}
             arguments = recorded(argparse.Namespace(**{**vars(args), **of_pair}))
@@ -471,6 +529,7 @@ def pruning_plan(
 ) -> Plan:
     """Blocks, scores and share that the flags ask for; without scores, blocks by the flags."""
     last, within = output_layer(network, images.train), Mask.of_checkpoint(checkpoint, network)
+    last = "" if args.Granularity == "channel" else last  # all outputs are one group there too
     run_order(network, args.children_key, images.train)  # refuses what cannot be pruned
     _note_other_code(args, args.Retrain)
     families, made_of = score_families(args), records.checksums(args.Retrain)
@@ -482,13 +541,17 @@ def pruning_plan(
             remedy = f"run pruning_1b.py --key_id {model.PAIRS.index((parent, child))} with the same groups first"
             paths += [artifacts.score_path(family, parent, child) for family in families]
             scores[child], blocks[child], made = scoring.load(paths[-3:], blocks[child], remedy, made_of)
-    sparsity = pruned_share(args)
+    sparsity, whole = pruned_share(args), weight_count(network)
+    if args.Prune_of == "macs":
+        positions = output_positions(network, images.train)
+        whole = sum(network.get_parameter(key).numel() * count for key, count in positions.items())
+        blocks = {key: replace(block, positions=positions[key]) for key, block in blocks.items()}
     if args.Prune_of_network:
-        weights, masked = weight_count(network), sum(b.weights.sum() for b in blocks.values())
-        if sparsity * weights > masked:
-            held = f"the masked layers hold {100 * masked / weights:.2f} %"
+        masked = sum(block.cost.sum() for block in blocks.values())
+        if sparsity * whole > masked:
+            held = f"the masked layers hold {100 * masked / whole:.2f} %"
             raise InputError(f"{100 * sparsity:g} % of the network: {held}")
-        sparsity = float(sparsity * weights / masked)
+        sparsity = float(sparsity * whole / masked)
     known = {"inputs": records.checksums(args.Retrain, *paths), "requested_percent": 100 * sparsity}
     if made:
         how = ("estimator", "given", "sampling", "positions", "grouping", "samples_per_class")
@@ -542,7 +605,8 @@ def pruned_share(args: argparse.Namespace) -> float:
 
 def resolve_pairs(args: argparse.Namespace, model: ModuleType) -> None:
     """Put the layer pairs that stage 3 prunes, their numbers of groups and their limits into the arguments."""
-    args.children_key = args.children_key or list(model.MAX_SPARSITY)
+    masked = getattr(model, "INNER", model.MAX_SPARSITY) if args.Granularity == "channel" else model.MAX_SPARSITY
+    args.children_key = args.children_key or [key for key in model.MAX_SPARSITY if key in masked]
     parents = {child: parent for parent, child in model.PAIRS}
     args.parent_key = args.parent_key or [parents.get(child, "?") for child in args.children_key]
     if len(args.parent_key) != len(args.children_key):
@@ -554,12 +618,18 @@ def resolve_pairs(args: argparse.Namespace, model: ModuleType) -> None:
             raise InputError(f"--parent_key {pair[0]} --children_key {pair[1]} is no layer pair; legal: {pairs}")
     if len(set(args.children_key)) < len(args.children_key):
         raise InputError("--children_key names a layer twice")
-    resolve_groups(args, args.children_key, model.GROUPS)
+    resolve_groups(args, args.children_key, model)
     one_per_pair(args, "upper_prune_limit", [model.MAX_SPARSITY.get(child, 1.0) for child in args.children_key])
 
 
-def resolve_groups(args: argparse.Namespace, children: list[str], groups: dict[str, tuple[int, int]]) -> None:
+def resolve_groups(args: argparse.Namespace, children: list[str], model: ModuleType) -> None:
     """Put numbers of groups, one per child layer, into the arguments."""
+    given, groups = {flag.lower(): value for flag, value in vars(args).items()}, model.GROUPS
+    if given["granularity"] == "channel":
+        network = model.build(given["dims"])
+        groups = {child: (network.get_parameter(child).shape[1], 1) for child in children}
+        if set(args.children_clusters or [1]) != {1}:
+            raise InputError("`granularity` channel has one group of children: leave `children_clusters` out")
     for k, flag in enumerate(("parent_clusters", "children_clusters")):
         one_per_pair(args, flag, [groups[child][k] for child in children])
 

@@ -51,11 +51,17 @@ class Blocks:
     child_groups: np.ndarray
     parent_groups: np.ndarray
     kernel: int = 1  # weights per (output, input) connection: k * k of a convolution
+    positions: int = 1  # what each of its weights counts towards a pruned share: 1, or its multiply-adds for an image
 
     @property
     def weights(self) -> np.ndarray:
         """Number of weights (H, G) in every block."""
         return np.outer(np.bincount(self.child_groups), np.bincount(self.parent_groups)) * self.kernel
+
+    @property
+    def cost(self) -> np.ndarray:
+        """What every block (H, G) counts towards a pruned share."""
+        return self.weights * self.positions
 
     def expand(self, values: np.ndarray) -> np.ndarray:
         """Spread one value per block (H, G) over the connections (c, p)."""
@@ -76,11 +82,12 @@ class Blocks:
 def contiguous_blocks(network: nn.Module, key: str, parents: int, children: int, last: str | None = None) -> Blocks:
     """Blocks of a layer's weight with so many groups of inputs and of outputs; the last layer's outputs stay single.
 
-    `last` is that layer as `output_layer` finds it; by default the one that is registered last.
+    `last` is that layer as `output_layer` finds it, or "": none; by default the one that is registered last.
     """
     weight = plain_layer(network, key).weight
     outputs, inputs = weight.shape[:2]
-    last = last or [name for name, parameter in network.named_parameters() if parameter.ndim > 1][-1]
+    if last is None:
+        last = [name for name, parameter in network.named_parameters() if parameter.ndim > 1][-1]
     children = outputs if key == last else children
     for name, groups, units in (("parent_clusters", parents, inputs), ("children_clusters", children, outputs)):
         if groups > units:
@@ -170,8 +177,8 @@ def select_blocks(
     -------
     One boolean (H, G) array per layer, True where a block is kept.
     """
-    sizes, within = [block.weights for block in blocks.values()], within or {}
-    rest = [b.sum(within[key]).astype(int) if key in within else b.weights for key, b in blocks.items()]
+    sizes, within = [block.cost for block in blocks.values()], within or {}
+    rest = [b.positions * b.sum(within[key]).astype(int) if key in within else b.cost for key, b in blocks.items()]
     kept = select([(like or ranks)[key] for key in blocks], sizes, sparsity, max_sparsity, rest)
     if balanced or like is not None:
         one = select_balanced if balanced else lambda rank, w, share, r: select([rank], [w], share, [1.0], [r])[0]

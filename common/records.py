@@ -23,7 +23,7 @@ from common.errors import InputError, reason
 from common.files import ROOT, display_path
 
 MAKE_AGAIN = "remove it and run what made it again"
-DEFAULTS = {"TRAINING", "RETRAINING", "GROUPS", "MAX_SPARSITY", "SCORING"}  # compared as arguments
+DEFAULTS = {"TRAINING", "RETRAINING", "GROUPS", "MAX_SPARSITY", "INNER", "SCORING"}  # compared as arguments
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
 
 

@@ -134,6 +134,8 @@ class Run:
         written = self._write("complete", **measured)
         if parallel.rank() == 0:
             self.state_file.unlink(missing_ok=True)
+            if self.mask is not None:
+                print(f"A mask alone makes nothing smaller or faster: python export_stage4.py --Checkpoint {self.best}")
             print(f"{self.best}: {describe(written)}")
         return written
 
@@ -209,10 +211,11 @@ def describe(record: dict) -> str:
     if "pruned_percent_network" not in record:
         return f"test accuracy {test['accuracy']:.2f} % (top-5 {test.get('top5', math.nan):.2f} %), {chosen}"
     moments = [moment for moment in record if moment.startswith("test_")]
+    of = " of their multiply-adds" if record["arguments"].get("Prune_of") == "macs" else ""
     early = (f"{record[m]['accuracy']:.2f} % {m.removeprefix('test_').replace('_', ' ')}, " for m in moments)
     return (
         f"pruned {record['pruned_percent_masked_layers']:.2f} % of the masked layers "
-        f"(asked: {record['requested_percent']:.2f} %), {record['pruned_percent_network']:.2f} % of all weights; "
+        f"(asked: {record['requested_percent']:.2f} %{of}), {record['pruned_percent_network']:.2f} % of all weights; "
         f"test accuracy {''.join(early)}{test['accuracy']:.2f} % in the end ({chosen}); "
         f"memory {record['memory_mib_masked_layers']:.3f} MiB (masked layers), {record['memory_mib_network']:.3f} MiB"
     )

@@ -41,6 +41,8 @@ def rule(record: dict) -> str:
         parts.append("correlated groups")
     if single_units(record):
         parts.append("single units")
+    if arguments.get("Granularity") == "channel":
+        parts.append("channels")
     return ", ".join(parts + [change for flag, change in CHANGES.items() if arguments.get(flag)])
 
 

@@ -50,6 +50,8 @@ GROUPS = {child: (64, 64) for _, child in PAIRS}  # numbers of parent and of chi
 MAX_SPARSITY = {
     child: 0.55 for _, child in PAIRS[:-1]
 }  # all convolutions but the first; at most how much of each is pruned
+# what --Granularity channel prunes by default: the convolutions that alone read what they read
+INNER = [child for child in MAX_SPARSITY if child.endswith(("conv2.weight", "conv3.weight"))]
 RETRAINING = {
     **TRAINING,
     # the paper goes on for 30 epochs at 1e-5, here as the last steps of one schedule: .1, .01, .001, .0001, .00001

@@ -35,6 +35,8 @@ GROUPS = {  # one group per channel: numbers of parent and of child groups, by c
 }
 UNMASKED = {CONVOLUTIONS[k - 1] for k in (1, 16, 20, 38, 54)} | {"linear.weight"}
 MAX_SPARSITY = {child: 0.5 for _, child in PAIRS if child not in UNMASKED}  # at most how much of each is pruned
+# what --Granularity channel prunes by default: the second convolutions of blocks, which alone read what they read
+INNER = [child for child in MAX_SPARSITY if child.endswith("conv2.weight")]
 RETRAINING = {
     **TRAINING,
     "Lr": 0.1,

@@ -18,7 +18,7 @@ from conftest import ENVIRONMENT, ROOT, editable, record
 from common import artifacts, records
 from common.cmi import ESTIMATORS
 
-STAGE1, STAGE2, STAGE3 = "train_stage1.py", "pruning_1b.py", "retrain_stage3.py"
+STAGE1, STAGE2, STAGE3, STAGE4 = "train_stage1.py", "pruning_1b.py", "retrain_stage3.py", "export_stage4.py"
 TRAIN = "--Dataset DIGITS --Val_size 200 --Epoch 3 --Batch_size 64".split()
 GROUPS = "--parent_clusters 50 --children_clusters 30".split()
 PLAIN = "--no-Even --no-Refit".split()  # the paper's rule
@@ -556,8 +556,13 @@ def test_no_epochs_leave_the_pruned_network_as_it_is(base, tmp_path, call):
 
 
 def test_help_is_in_groups_and_says_every_default_once(call):
-    for script in (STAGE1, STAGE2, STAGE3):
+    for script, second in (
+        (STAGE1, "recipe:"),
+        (STAGE2, "layers, groups and scores:"),
+        (STAGE3, "recipe:"),
+        (STAGE4, "data:"),
+    ):
         said = call(script, "--help")
-        assert said.index("everyday:") < said.index("recipe:" if script != STAGE2 else "layers, groups and scores:")
-        assert said.count("(default: ") > 10
+        assert said.index("everyday:") < said.index(second)
+        assert said.count("(default: ") >= 8
         assert not re.search(r"\(default: [^)]*\)\s+\(default", said)
