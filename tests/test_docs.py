@@ -24,12 +24,19 @@ PAGES = [
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 MINE = (ROOT / "docs" / "own_network.md").read_text(encoding="utf-8")
+EXPORT = "needs packages of its own; tests/test_export.py runs stage 4"
 NOT_RUN = {  # code blocks by how they begin: why no test runs them
     "python3 -m venv .venv": "installs packages; CI does, by make",
     "make demo": "CI runs these",
     "train_stage1.py ──": "a drawing",
     "cd resnet56": "days of a GPU; tests/test_convolutional_scripts.py runs the same scripts on a few images",
     "@inproceedings": "a citation",
+    "python export_stage4.py": EXPORT,
+    "pip install -r requirements-export.txt": EXPORT,
+    "import json\nimport numpy": EXPORT,
+    "import torch\n\nnetwork = torch.export": EXPORT,
+    "import onnxruntime": EXPORT,
+    "python pruning_1b.py --key_id all --granularity": EXPORT,
 }
 SHORT = {  # what makes the commands of `mlp/` take seconds
     "train_stage1.py": "--Dataset DIGITS --Val_size 200 --Epoch 1 --Save_dir {out}/base",
