@@ -257,6 +257,40 @@ def scoring_table(records: list[dict]) -> str:
     return markdown([row])
 
 
+def exported(record: dict) -> str:
+    """The name of an export by its folder."""
+    return Path(record["path"]).parent.name.replace("_", " ")
+
+
+def exports_table(records: list[dict]) -> str:
+    """What stage 4 made of checkpoints: bytes by form and multiply-adds as shares of the dense network's."""
+    rows = []
+    for record in of_stage(records, 4):
+        size, shrunk, masked = record["bytes"], record["shrunk"], record["masked"]
+        row = {"export": exported(record), "dense (bytes)": f"{size['dense']:,}"}
+        row |= {suffix: f"{size[suffix] / size['dense']:.2f}" for suffix in (".safetensors", ".pt2", ".onnx")}
+        row["weights not 0"] = f"{masked['not_zero'] / masked['parameters']:.4f}"
+        row["parameters, shrunk"] = f"{shrunk['parameters'] / masked['parameters']:.2f}"
+        row["multiply-adds, shrunk"] = f"{shrunk['multiply_adds'] / masked['multiply_adds']:.2f}"
+        rows.append({**row, "largest difference": f"{max(record['difference'].values()):.1e}"})
+    return markdown(rows)
+
+
+def latency_table(records: list[dict]) -> str:
+    """Latency of masked and shrunk networks as shares of the dense ones', medians in the same run."""
+    rows = []
+    for record in of_stage(records, 4):
+        for timed in record["latency"]:
+            row = {"export": exported(record), **{key: timed[key] for key in ("threads", "batch")}}
+            for engine in ("torch", "onnxruntime"):
+                dense = timed["ms"][f"{engine} dense"]
+                row[f"{engine}: dense (ms)"] = f"{dense:.3g}"
+                for form in ("masked", "shrunk"):
+                    row[f"{engine}: {form}"] = f"{timed['ms'][f'{engine} {form}'] / dense:.2f}"
+            rows.append({**row, "on": record["device"]})
+    return markdown(rows)
+
+
 def fill(page: Path, name: str, content: str) -> None:
     """Replace what stands between the markers <!-- name --> and <!-- end name --> of a page."""
     marked = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
@@ -267,6 +301,7 @@ def pages(paper: dict) -> None:
     """All that stands between the markers <!-- KIND EXPERIMENT --> of pages, after "differences" EXPERIMENT: RULE."""
     kinds = {"table": table, "groups": groups_table, "overview": overview, "differences": differences}
     kinds |= {"scoring": scoring_table, "validated": validated_table}
+    kinds |= {"exports": exports_table, "latency": latency_table}
     kinds |= {f"{kind}-before": partial(kinds[kind], moments=BEFORE) for kind in ("overview", "differences")}
     for page in (files.ROOT / "README.md", files.RESULTS / "README.md"):
         marks = re.findall(rf"<!-- (({'|'.join(kinds)}) ([^:\s]+)(?:: (.+))?) -->", page.read_text(encoding="utf-8"))
