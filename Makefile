@@ -45,7 +45,7 @@ tables: .venv/ready
 claims: .venv/ready
 	$(BIN)/python experiments/claims.py
 
-.venv/ready: requirements.txt requirements-export.txt requirements-dev.txt
+.venv/ready: requirements.txt requirements-cluster.txt requirements-export.txt requirements-dev.txt
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@

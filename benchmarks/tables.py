@@ -97,6 +97,21 @@ def sweep(rows: list[dict]) -> str:
     )
 
 
+def scale_table(scale: dict) -> str:
+    """Hours of ResNet50's scores by number of workers, as simulated."""
+    return markdown(
+        [
+            {
+                "workers": f"{row['workers']:,}",
+                "hours": f"{row['hours']:,.1f}",
+                "times as fast": f"{row['speed_up']:,.0f}",
+                "of the workers' time (%)": f"{100 * row['share_at_work']:.0f}",
+            }
+            for row in scale["workers"]
+        ]
+    )
+
+
 def campaigns_table(record: dict) -> str:
     """What the campaigns of `make soak` tried, and how it ended."""
     rows = []
@@ -209,8 +224,8 @@ def speed_figure(speed: dict) -> None:
 
 
 def main() -> None:
-    names = ("accuracy", "ranking", "speed", "scoring", "training", "real_layer", "selection", "calibration")
-    accuracy, ranking, speed, scoring, training, real, study, calibration = (
+    names = ("accuracy", "ranking", "speed", "scoring", "training", "real_layer", "selection", "calibration", "scale")
+    accuracy, ranking, speed, scoring, training, real, study, calibration, scale = (
         records.read(FOLDER / f"{name}.json") for name in names
     )
     for row in accuracy["calibration"]:
@@ -240,6 +255,7 @@ def main() -> None:
     )
     fill(page, "widths", markdown(real["widths"]))
     fill(page, "speed", sweep(speed["by_samples"] + speed["by_parent_groups"] + speed["by_cores"]))
+    fill(page, "scale", scale_table(scale))
     fill(page, "peers", peers(speed))
     speed_figure(speed)
     for share in (99.6, 98.4):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from common import artifacts, export, parallel, records, runs, scoring
+from common import artifacts, cluster, export, parallel, records, runs, scoring
 from common.activations import output_layer, output_positions, run_order
 from common.cmi import ESTIMATORS, kde
 from common.cmi.inputs import out_of_memory
@@ -79,6 +79,13 @@ def plain_name(text: str) -> str:
 def weights_source(text: str) -> Path | str:
     """An argparse type: a path as `results_path`, or "torchvision"."""
     return text if text == "torchvision" else results_path(text)
+
+
+def address(text: str) -> str:
+    """An argparse type: where a scheduler listens, as it prints it."""
+    if not re.fullmatch(r"(tcp|tls)://\S+:\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not tcp://HOST:PORT")
+    return text
 
 
 class Switch(argparse.BooleanOptionalAction):
@@ -189,6 +196,7 @@ MACHINE = {
     "Device_ids": _flag("13", INDEX, GPU, [0], **MANY),
     "device_ids": _flag("2", INDEX, GPU, [0], **MANY),
     "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (default: cpu)"),
+    "scheduler": _flag("2", address, "compute the scores on the workers of this Dask scheduler, tcp://HOST:PORT"),
     "Threads": _flag("4", COUNT, "CPU threads that latency is measured with, one number after the other", [1], **MANY),
     "Seconds": _flag("4", number(float, 0), "of measuring per batch size and number of threads; 0: none", 10.0),
     "Workers": _flag("134", number(int, 0, 1024), "processes that read images that are not in memory", min(8, CORES)),
@@ -202,7 +210,7 @@ HELP = {
 FLAGS = {name: flag for group in HELP.values() for name, flag in group.items()}
 # Not recorded: what makes no difference to the result; what is younger than the first records and as it was then.
 UNRECORDED = {"stage", "code", "cores", "Expt_rerun", "Device_ids", "device_ids", "Data_dir", "data_dir", "Workers"}
-UNRECORDED |= {"Resume", "key_ids"}
+UNRECORDED |= {"Resume", "key_ids", "scheduler"}
 AS_EVER = {"Granularity": "block", "granularity": "block", "Prune_of": "weights"}
 AS_EVER |= {"Schedule": "steps", "Warm_up": 0.3, "Label_smoothing": 0.0, "sampling": "means", "positions": None}
 
@@ -498,17 +506,20 @@ def pending_pairs(
 
 def scoring_options(args: argparse.Namespace, **more) -> dict:
     """The options of `layer_cmi` that the flags ask for, and more that are not None."""
-    options = {"estimator": args.estimator, "n_jobs": args.cores, "seed": args.seed}
     owner = {"width": "kde", "precision": "kde", "device": "kde", "given": "gaussian"}
     given = {flag: getattr(args, flag) for flag in owner if getattr(args, flag) is not None}
     for flag in given:
         if args.estimator != owner[flag]:
             raise InputError(f"--{flag} belongs to --estimator {owner[flag]}, not to {args.estimator}")
     if args.device == "cuda":
+        if args.scheduler:
+            raise InputError("--scheduler: its workers compute on CPUs; leave out --device cuda")
         if not torch.cuda.is_available():
             raise InputError("--device cuda: this machine has no CUDA GPU")
         given["device"] = f"cuda:{args.device_ids}"
     default = {"precision": "single"} if args.estimator == "kde" else {}
+    jobs = cluster.connect(args.scheduler) if args.scheduler else args.cores
+    options = {"estimator": args.estimator, "n_jobs": jobs, "seed": args.seed}
     return {**default, **options, **given, **{name: value for name, value in more.items() if value is not None}}
 
 
@@ -678,7 +689,7 @@ def run(main: Callable[[], None]) -> None:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             sys.exit(_say(f"--Compile: torch.compile fails here ({reason(error)}); leave it out", 2))
         if parallel.size() > 1 and "by peer" in str(error):
-            sys.exit(_say("another process ended early and says why", 2))
+            sys.exit(_say(f"another process ended early; it says why, or its host is gone; {GO_ON}", 2))
         if not out_of_memory(error):
             raise
         less = "fewer `cores`, fewer `samples_per_class`" if _stage == "2" else "a smaller `batch_size`"

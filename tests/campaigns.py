@@ -264,6 +264,7 @@ TABLE = {  # flags: what they must refuse
         "?",
         "",
     ],
+    "scheduler": ["", "a", "tcp://a", "a:1", "http://a:1"],
     "Save_dir Data_dir Weights Init Retrain Retrain_mask Labels_file Labels_children_file weights_dir data_dir": [""],
     "name_postfix weights_file": ["", "../x", "a/b", "a b", "\0"],
     "Nesterov Amp Resume Compile Prune_of_network Refit Even Skip_unreadable skip_unreadable split_half": ["=1"],

@@ -5,6 +5,7 @@ estimator; `ESTIMATORS` lists them. Adding one is a function with the signature 
 """
 
 import inspect
+from collections.abc import Callable
 from numbers import Integral
 
 import numpy as np
@@ -53,7 +54,15 @@ def cmi(x, y, z=None, *, estimator: str = "kde", seed: int = 0, **options) -> fl
 
 
 def layer_cmi(
-    children, parents, child_groups, parent_groups, *, estimator: str = "kde", n_jobs: int = 1, seed: int = 0, **options
+    children,
+    parents,
+    child_groups,
+    parent_groups,
+    *,
+    estimator: str = "kde",
+    n_jobs: int | Callable = 1,
+    seed: int = 0,
+    **options,
 ) -> np.ndarray:
     """Conditional mutual information of every child group with every parent group given all other parents.
 
@@ -67,9 +76,9 @@ def layer_cmi(
     parent_groups : (p,) integer array_like
         The group of every parent unit; G different ones.
     estimator : a key of `ESTIMATORS`
-    n_jobs : int
+    n_jobs : int, or generator of (function, tasks)
         Parallel workers as joblib counts them, but no more than processors; the result is the same, bit for bit, for
-        any number.
+        any number. A generator that yields the function's value of every task, in order, does the work instead.
     seed : for estimators that draw random numbers, at least 0
     **options : passed on to the estimator
 
@@ -90,7 +99,8 @@ def layer_cmi(
     for name in options:
         check_choice(name, f"option of {estimator}", list(inspect.signature(estimate).parameters)[1:])
     check_number(seed, "seed", 0, kind=Integral)
-    check_number(n_jobs, "n_jobs", -np.inf, kind=Integral)
+    if not callable(n_jobs):
+        check_number(n_jobs, "n_jobs", -np.inf, kind=Integral)
     if n_jobs == 0:
         raise ValueError("n_jobs is 0; legal are all other whole numbers")
     layer = Layer(children, parents, child_groups, parent_groups)

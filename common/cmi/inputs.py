@@ -9,6 +9,7 @@ from numbers import Integral, Real
 import joblib
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 MIN_ROWS = 3
 ROUNDING = 2.0**-50  # share of a unit's magnitude that is at most a few roundings: a spread of a constant
@@ -118,8 +119,10 @@ class Layer:
         self.n, self.shape = len(parents), self.live.shape
 
 
-def in_parallel(function: Callable, tasks: Sequence, n_jobs: int) -> Iterator:
+def in_parallel(function: Callable, tasks: Sequence, n_jobs: int | Callable) -> Iterator:
     """What the function returns for every task, in order; no more workers than tasks or processors."""
+    if callable(n_jobs):
+        return n_jobs(function, tasks)
     cores = joblib.cpu_count()
     workers = max(1, min(n_jobs if n_jobs > 0 else cores + 1 + n_jobs, cores, len(tasks)))
     calls = (joblib.delayed(function)(task) for task in tasks)
@@ -128,7 +131,7 @@ def in_parallel(function: Callable, tasks: Sequence, n_jobs: int) -> Iterator:
 
 @contextlib.contextmanager
 def one_thread_per_worker() -> Iterator[None]:
-    """Keep torch from starting threads of its own: the workers are the parallelism.
+    """Keep torch and numpy from starting threads of their own: the workers are the parallelism.
 
     It is also what makes results independent of their number, since sums then have one order. The setting is the
     process's: callers in several threads take turns.
@@ -137,7 +140,8 @@ def one_thread_per_worker() -> Iterator[None]:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            yield
+            with threadpool_limits(1):
+                yield
         finally:
             torch.set_num_threads(threads)
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from common.cmi.inputs import Layer, check_choice, check_number, in_parallel, out_of_memory
 
 WIDTH = 0.25  # kernel width per square root of the number of parent units; see `widths`
-TASK_ROWS = 64  # rows of one task: the unit of parallel work, of progress and of resuming
+TASK_ROWS = 64  # rows of one task, at most: the unit of parallel work, of progress and of resuming
+TASK_OPERATIONS = 4 * 10**11  # of one task, unless it is one row: ten seconds of a core
 TILE = 2**19  # kernel values in one tile: what a core's share of the cache holds
 TILE_COLUMNS = 128
 GPU_TILE = 2**28  # 1 GiB of single precision
@@ -88,7 +89,9 @@ def scores(
     if not 0 <= done <= layer.n or np.shape(total) != layer.shape:
         raise ValueError(f"start does not belong to {layer.n} rows and scores of shape {layer.shape}")
     kernels = _Kernels(layer, width, PRECISIONS[precision], _usable(device))
-    tasks = [(row, min(row + TASK_ROWS, layer.n)) for row in range(done, layer.n, TASK_ROWS)]
+    of_row = 2 * layer.n * (layer.shape[0] + 1) * (layer.shape[1] + 1)
+    rows = min(TASK_ROWS, max(1, TASK_OPERATIONS // of_row))
+    tasks = [(row, min(row + rows, layer.n)) for row in range(done, layer.n, rows)]
     workers = n_jobs if kernels.device.type == "cpu" else 1
     with contextlib.closing(in_parallel(lambda task: kernels.sum_rows(*task), tasks, workers)) as parts:
         for (_, end), part in zip(tasks, parts, strict=True):
