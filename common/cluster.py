@@ -74,6 +74,8 @@ def _in_order(client, function: Callable, tasks: Sequence) -> Iterator:
     first = [function(task) for task in tasks[:1]]  # here, to see how long one takes
     size = math.ceil(SECONDS / (time.perf_counter() - began))
     yield from first
+    if len(tasks) < 2:
+        return
     try:
         sent = client.submit(cloudpickle.loads, cloudpickle.dumps(partial(_run, _versions(), function)), pure=False)
         parts = [tasks[k : k + size] for k in range(1, len(tasks), size)]
