@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from importlib.metadata import version
 
-import cloudpickle
 import torch
 from threadpoolctl import threadpool_limits
 
@@ -68,6 +67,7 @@ def _in_order(client, function: Callable, tasks: Sequence) -> Iterator:
     The function goes to the scheduler once, with all that it holds, as a task whose result the others need: where its
     copies are lost with their workers, the scheduler makes new ones. What `scatter` sends it could not.
     """
+    import cloudpickle
     from dask.distributed import CancelledError, KilledWorker
 
     began = time.perf_counter()

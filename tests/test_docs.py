@@ -30,6 +30,7 @@ NOT_RUN = {  # code blocks by how they begin: why no test runs them
     "make demo": "CI runs these",
     "train_stage1.py ──": "a drawing",
     "cd resnet56": "days of a GPU; tests/test_convolutional_scripts.py runs the same scripts on a few images",
+    "dask scheduler": "several machines; tests/test_cluster.py has a cluster on one",
     "@inproceedings": "a citation",
     "python export_stage4.py": EXPORT,
     "pip install -r requirements-export.txt": EXPORT,

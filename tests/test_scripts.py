@@ -392,7 +392,7 @@ def test_damaged_files_are_named(base, tmp_path, call, damage):
 def test_output_that_is_no_terminal_has_a_row_per_epoch_and_no_progress_bar(base, tmp_path):
     printed = shell(*prune(base, tmp_path, "--Prune_per", "0.95"))
     assert "\r" not in printed
-    *_, titles, first, second, third, result = printed.splitlines()
+    *_, titles, first, second, third, hint, result = printed.splitlines()
     assert titles.split()[:3] == ["epoch", "lr", "train_loss"]
     assert [row.split()[0] for row in (first, second, third)] == ["1", "2", "3"]
     assert re.search(r"pruned 95.00 % of the masked layers .* test accuracy .* in the end \(epoch \d by val\)", result)
