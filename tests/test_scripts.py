@@ -396,6 +396,7 @@ def test_output_that_is_no_terminal_has_a_row_per_epoch_and_no_progress_bar(base
     assert titles.split()[:3] == ["epoch", "lr", "train_loss"]
     assert [row.split()[0] for row in (first, second, third)] == ["1", "2", "3"]
     assert re.search(r"pruned 95.00 % of the masked layers .* test accuracy .* in the end \(epoch \d by val\)", result)
+    assert "export_stage4.py --Checkpoint" in hint
 
 
 class TestIdentity:
