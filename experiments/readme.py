@@ -161,15 +161,20 @@ def history() -> str:
 
 
 def by_recipe(experiment: str) -> list[tuple]:
-    """An experiment's pruned runs by share, rule and recipe: (date of the last one, mean error, rule, records)."""
+    """An experiment's pruned runs by share, rule and recipe: (date of the last one, mean error, rule, records).
+
+    Rules that ran on fewer than half as many networks as another at that share are left out.
+    """
     found = defaultdict(list)
     for record in of_stage(finished(experiment), 3):
         recipe = (record["arguments"].get(flag) for flag in ("Epoch", "Weight_decay", "Dropout"))
         if rule(record) != DENSE:
             found[record["requested_percent"], rule(record), *recipe].append(record)
+    most = {share: max(len(runs) for (at, *_), runs in found.items() if at == share) for share, *_ in found}
     return [
         (max(r["date"] for r in runs), 100 - np.mean(accuracies(runs)), name, runs)
-        for (_, name, *_), runs in found.items()
+        for (share, name, *_), runs in found.items()
+        if 2 * len(runs) >= most[share]
     ]
 
 
