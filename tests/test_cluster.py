@@ -158,11 +158,13 @@ def test_workers_of_other_versions_or_without_this_code_are_one_line(workers, tm
         (line,) = call(*score, code=2).splitlines()
     assert f"a worker has numpy {np.__version__}, not 1.0; start it" in line
     bare = {**ENVIRONMENT, "PYTHONPATH": ""}
-    start = [sys.executable, "-m", "distributed.cli.dask_worker", workers.scheduler_address, "--no-nanny"]
-    stranger = subprocess.Popen(start, cwd=tmp_path, env=bare)
+    start = [sys.executable, "-m", "distributed.cli.dask_worker", workers.scheduler_address]
+    stranger = subprocess.Popen([*start, "--no-nanny", "--name", "stranger"], cwd=tmp_path, env=bare)
     try:
-        with Client(workers.scheduler_address) as client:
-            client.wait_for_workers(3, 60)
+        with Client(workers.scheduler_address) as client:  # others may still be on their way back from the dead
+            while "stranger" not in {worker["name"] for worker in client.scheduler_info(-1)["workers"].values()}:
+                assert stranger.poll() is None
+                time.sleep(0.1)
         (line,) = call(*score, code=2).splitlines()
     finally:
         stranger.kill()
