@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -695,9 +696,12 @@ def run(main: Callable[[], None]) -> None:
         less = "fewer `cores`, fewer `samples_per_class`" if _stage == "2" else "a smaller `batch_size`"
         sys.exit(_say(f"not enough memory ({reason(error)}); {less}; {GO_ON}", 2))
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one changes nothing
         _say(f"interrupted; {GO_ON}", 130)
         sys.stdout.flush()
         os._exit(130)  # at once: workers that are still at it would abort Python's own way out
+    finally:  # what is left is Python's own way out, in which an interrupt would print a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _list(choices: list) -> str:

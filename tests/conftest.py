@@ -3,6 +3,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -79,11 +80,13 @@ def call_in(monkeypatch, capsys):
         monkeypatch.syspath_prepend(str(ROOT / folder))
         monkeypatch.delitem(sys.modules, "model", raising=False)
         monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-        exit_code = 0
+        exit_code, interrupt = 0, signal.getsignal(signal.SIGINT)
         try:
             runpy.run_path(script, run_name="__main__")
         except SystemExit as stop:
             exit_code = stop.code or 0
+        finally:
+            signal.signal(signal.SIGINT, interrupt)  # a script that ends ignores it
         output = "".join(capsys.readouterr())
         assert exit_code == code, output
         return output

@@ -23,6 +23,18 @@ from common.cmi import kde, layer_cmi
 
 SCORE = "pruning_1b.py --dataset DIGITS --samples_per_class 110 --key_id 0 --weights_dir".split()
 LOST = "another process ended early"
+INTERRUPTED = """
+import os, runpy, signal, sys
+sys.path[:0] = [os.getcwd(), os.path.dirname(os.getcwd())]
+from common import artifacts, scoring
+save, scoring.SAVE_EVERY = artifacts.save_state, 0
+def save_and_interrupt(*state):
+    save(*state)
+    os.kill(os.getpid(), signal.SIGINT)
+artifacts.save_state = save_and_interrupt
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""  # a script, and Ctrl-C as soon as there is a state
 
 
 @pytest.fixture
@@ -132,18 +144,13 @@ def test_workers_give_the_local_bits_while_they_are_killed(workers, rng, monkeyp
 def test_ctrl_c_on_a_cluster_and_on_from_there_without_it(workers, tmp_path):
     shell("mlp", "train_stage1.py", *TRAIN, "--Epoch", 1, "--Save_dir", tmp_path)
     score = [*SCORE, tmp_path / "0", "--precision", "double"]
-    command = [sys.executable, *map(str, score), "--scheduler", workers.scheduler_address]
-    options = {"cwd": ROOT / "mlp", "env": ENVIRONMENT, "text": True}
+    command = [sys.executable, "-c", INTERRUPTED, *map(str, score), "--scheduler", workers.scheduler_address]
+    options = {"cwd": ROOT / "mlp", "env": ENVIRONMENT, "text": True, "capture_output": True, "check": False}
     options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, **options, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        while not list((tmp_path / "0").glob("*.state")) and process.poll() is None:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGINT)
-        said = process.communicate()[1]
-    if process.returncode or said:  # else it was done by then
-        assert process.returncode == 130
-        assert said.count("\n") == 1
-        assert said.endswith("interrupted; the same command goes on from what is written\n")
+    done = subprocess.run(command, **options)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "pruning_1b.py: error: interrupted; the same command goes on from what is written\n"
+    assert list((tmp_path / "0").glob("*.state"))
     shell("mlp", *score)
     shell("mlp", *score, "--name_postfix", "there", "--scheduler", workers.scheduler_address)
     here, there = (tmp_path / "0" / f"I_parent_{name}_fc1.weight_fc2.weight.npy" for name in ("cmi", "there"))

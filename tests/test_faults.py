@@ -131,6 +131,25 @@ def test_ctrl_c_stops_at_once_and_the_same_command_goes_on(tmp_path, stage):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("when", "code"), [("atexit.register(interrupt)", 0), ("interrupt()", 130)])
+def test_an_interrupt_too_late_or_twice_prints_no_traceback(when, code):
+    script = f"""
+import atexit, os, signal
+from functools import partial
+from common import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+interrupt = partial(os.kill, os.getpid(), signal.SIGINT)
+def main():
+    {when}
+say, cli._say = cli._say, lambda *said: (interrupt(), say(*said))
+cli.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == (code == 130), done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("disk", "reason"), [("size=1m", "No space left on device"), ("ro", "Read-only file system")])
 def test_a_disk_that_takes_nothing_more_is_one_line(tmp_path, disk, reason):
     """A small disk in memory, seen by this command alone."""
