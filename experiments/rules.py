@@ -45,7 +45,7 @@ def rule(record: dict) -> str:
     if arguments.get("Granularity") == "channel":
         parts.append("channels")
     parts += [change for flag, change in CHANGES.items() if arguments.get(flag)]
-    return ", ".join(parts + [ROUNDS] * bool(PRUNED.fullmatch(Path(arguments["Retrain"]).name)))
+    return ", ".join(parts + [ROUNDS] * bool(PRUNED.fullmatch(Path(arguments.get("Retrain") or "").name)))
 
 
 def estimate(scores: dict) -> list[str]:
