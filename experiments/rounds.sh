@@ -20,8 +20,8 @@ for number in ${NETWORKS:-0 1 2}; do
             fi
             $python retrain_stage3.py --Epoch 0 --Select last --Data_dir "$data" --Retrain "$from/$file" --Refit $by \
                 --Samples_per_class 100 --Prune_per "$share" --upper_prune_limit 0.97 --Seed $((10 * number)) \
-                --Save_dir "cifar10_before/${rule}_rounds/$number"
-            from=cifar10_before/${rule}_rounds/$number/0 file=logits_$(echo "$share" | awk '{ printf "%.2f", 100 * $1 }').pkl
+                --Save_dir "cifar10_before/${rule}_rounds/$number/$share"
+            from=cifar10_before/${rule}_rounds/$number/$share/0 file=logits_$(echo "$share" | awk '{ printf "%.2f", 100 * $1 }').pkl
         done
     done
 done
