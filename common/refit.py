@@ -1,5 +1,7 @@
 """Refit what a mask keeps, so that a pruned network does, before any retraining, as much as is left of it can."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,7 +22,9 @@ def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileS
 
     All layers are fitted at once: first to their inputs in the dense network, then, once a sweep, to those in the
     pruned one, which makes up for what other layers lack. n layers in a row are settled after n - 1 sweeps. After each,
-    batch norm takes its statistics from the same images.
+    batch norm takes its statistics from the same images. A sweep after which the network's outputs are no nearer to the
+    dense ones, on these images, is the last and is undone: layers that do not know of each other's changes can add
+    them up.
 
     Parameters
     ----------
@@ -37,11 +41,20 @@ def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileS
     """
     keys = run_order(dense, list(mask), split)
     norms = any(isinstance(module, _BatchNorm) for module in network.modules())
+    found = []  # squared error of the outputs and state after every sweep
     for source in (dense, *[network] * min(sweeps, len(keys) - 1)):
-        for key, moments in _moments(source.eval(), dense, keys, split).items():
-            _solve(network.get_submodule(key.removesuffix(".weight")), mask[key], *moments)
+        error, moments = _moments(source.eval(), dense, keys, split)
+        if source is network:
+            found.append((error, copy.deepcopy(network.state_dict())))
+            if len(found) > 1 and found[-1][0] >= found[-2][0]:
+                break
+        for key in keys:
+            _solve(network.get_submodule(key.removesuffix(".weight")), mask[key], *moments.pop(key))
         if norms:
             recalibrate_batch_norm(network, split)
+    else:
+        found.append((_moments(network.eval(), dense, [], split)[0], network.state_dict()))
+    network.load_state_dict(min(found, key=lambda sweep: sweep[0])[1])
 
 
 @torch.no_grad()
@@ -65,13 +78,19 @@ def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit) -> nn.M
     return network
 
 
-def _moments(source: nn.Module, dense: nn.Module, keys: list[str], split: Split | FileSplit) -> dict[str, tuple]:
-    """X'X (d, d) and X'Y (d, c) by key: X what the layer reads in `source`, and 1; Y what it returns in `dense`."""
+def _moments(
+    source: nn.Module, dense: nn.Module, keys: list[str], split: Split | FileSplit
+) -> tuple[Tensor, dict[str, tuple]]:
+    """Squared error () of the outputs of `source`, and X'X (d, d) and X'Y (d, c) by key.
+
+    X is what the layer reads in `source`, and 1; Y what it returns in `dense`.
+    """
     layers = {key: plain_layer(dense, key) for key in keys}
+    error = torch.zeros((), dtype=torch.float64, device=split.labels.device)
     random, wanted, sums = torch.Generator().manual_seed(0), {}, {}
     for key, layer in layers.items():
-        outputs, inputs = layer.weight.flatten(1).shape
-        sums[key] = [layer.weight.new_zeros(inputs + 1, n, dtype=torch.float64) for n in (inputs + 1, outputs)]
+        children, inputs = layer.weight.flatten(1).shape
+        sums[key] = [layer.weight.new_zeros(inputs + 1, n, dtype=torch.float64) for n in (inputs + 1, children)]
 
     def remember(key: str, _, returned: Tensor) -> None:
         where = draw_positions(returned, POSITIONS, random)
@@ -86,10 +105,11 @@ def _moments(source: nn.Module, dense: nn.Module, keys: list[str], split: Split 
 
     with forward_hooks(dense, keys, remember), forward_hooks(source, keys, add):
         for images, _ in split.batches(BATCH if any(layer.weight.ndim > 2 for layer in layers.values()) else None):
-            dense(images.clone())
+            outputs = dense(images.clone())
             if source is not dense:
-                source(images)
-    return {key: tuple(map(parallel.all_reduce, moments)) for key, moments in sums.items()}
+                error = error + (source(images) - outputs).double().square().sum()
+    moments = {key: tuple(map(parallel.all_reduce, moments)) for key, moments in sums.items()}
+    return parallel.all_reduce(error).nan_to_num(nan=torch.inf), moments
 
 
 def _solve(layer: nn.Module, kept: Tensor, gram: Tensor, cross: Tensor) -> None:

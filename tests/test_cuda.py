@@ -155,7 +155,9 @@ def test_activations_and_sensitivities_are_of_one_device(gpu):
 def test_moments_of_the_refit_are_of_one_device(gpu, folder):
     network, split = on_gpu(model_of(folder).build(10)).eval(), images_on_gpu()
     dense = copy.copy(network)
-    for gram, cross in refit._moments(network, dense, list(masks_of(network)), split).values():
+    error, moments = refit._moments(network, dense, list(masks_of(network)), split)
+    assert error.device == GPU
+    for gram, cross in moments.values():
         assert (gram.device, cross.device, gram.dtype) == (GPU, GPU, torch.float64)
 
 

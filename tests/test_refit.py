@@ -64,6 +64,25 @@ def test_masks_stay_zero_and_outputs_come_closer(network, split):
     assert (after - wanted).square().mean() < 0.8 * (before - wanted).square().mean()
 
 
+def test_a_sweep_that_does_harm_is_undone(network, split, monkeypatch):
+    """And no other is made: the outputs are those of the sweep before it."""
+    dense, solve, solved = copy.deepcopy(network), refit._solve, []
+    copied, mask = pruned(network)
+    expected = copy.deepcopy(copied)
+    refit.refit(expected, dense, mask, split, sweeps=1)
+
+    def harmful(layer, *system):
+        solve(layer, *system)
+        solved.append(layer)
+        if len(solved) > 2 * len(mask):
+            layer.weight.mul_(-1)
+
+    monkeypatch.setattr(refit, "_solve", harmful)
+    refit.refit(copied, dense, mask, split, sweeps=9)
+    assert len(solved) == 3 * len(mask)
+    torch.testing.assert_close(copied.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
 def test_a_linear_layer_is_ordinary_least_squares(network, split, monkeypatch):
     monkeypatch.setattr(refit, "RIDGE", 0.0)
     copied, mask = pruned(network, keys=("7.weight",))
