@@ -155,6 +155,23 @@ def selection_table(study: dict, share: float) -> str:
     )
 
 
+def kernels_table(benchmarks: list[dict]) -> str:
+    """How far scores by kernels rank and choose blocks otherwise than Gaussian ones."""
+    return markdown(
+        [
+            {
+                "network": row["network"],
+                "signal to noise": "as it is" if row["times_snr"] == 1 else f"x {row['times_snr']:g}",
+                "largest score (nats)": f"{row['largest_score']:.2g}",
+                "rank correlation": f"{row['rank_correlation']:.5f}",
+                **{f"other choices at {s} % (%)": f"{100 * row[f'other_0.{s[0]}']:.2f}" for s in ("50", "70", "90")},
+            }
+            for benchmark in benchmarks
+            for row in benchmark["rows"]
+        ]
+    )
+
+
 def pictures(study: dict) -> None:
     """Scores of one layer, brighter where they are higher, and the blocks that are kept."""
     figure, axes = plt.subplots(len(study["pictures"]), 1, figsize=(7, 6.5))
@@ -255,6 +272,7 @@ def main() -> None:
     )
     fill(page, "widths", markdown(real["widths"]))
     fill(page, "speed", sweep(speed["by_samples"] + speed["by_parent_groups"] + speed["by_cores"]))
+    fill(page, "kernels", kernels_table([records.read(path) for path in sorted(FOLDER.glob("kernels_*.json"))]))
     fill(page, "scale", scale_table(scale))
     fill(page, "peers", peers(speed))
     speed_figure(speed)
