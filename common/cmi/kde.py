@@ -18,11 +18,16 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
 from common.cmi.inputs import Layer, check_choice, check_number, in_parallel, out_of_memory
 
 WIDTH = 0.25  # kernel width per square root of the number of parent units; see `widths`
+FEW, MANY = 2, 10  # parent units up to which "auto" takes the likeliest widths, and from which those of `widths`
+CHILDREN, ROWS = 8, 32  # child groups that widths are the likeliest for, at most, and rows of each, at least
+KERNELS = 2**21  # values of their kernels
+SEARCH = {"ftol": 1e-5, "maxiter": 50}  # for the likeliest widths
 TASK_ROWS = 64  # rows of one task, at most: the unit of parallel work, of progress and of resuming
 TASK_OPERATIONS = 4 * 10**11  # of one task, unless it is one row: ten seconds of a core
 TILE = 2**19  # kernel values in one tile: what a core's share of the cache holds
@@ -52,12 +57,66 @@ def widths(n_units: int, factor: float = WIDTH) -> tuple[float, float]:
     return width, min(width, 1.0)
 
 
+def auto_widths(layer: Layer) -> tuple[np.ndarray | float, float]:
+    """Likeliest widths for few parent units, those of `widths` for many, and their geometric means between.
+
+    The likelihood is that of child groups given all parents, each row by the others (Hall, Racine and Li, 2004). Where
+    nothing depends on a unit its likeliest width is infinite: all are at most twice those of `widths`. A row's copies
+    in the child are left out with it: for tied values the narrowest kernel would be the likeliest.
+
+    Returns
+    -------
+    As `widths`, but with a width (p,) of each parent unit where they are few.
+    """
+    n_units = layer.parent_units.sum()
+    parent_width, child_width = widths(n_units)
+    if n_units >= MANY or not layer.live.any():
+        return parent_width, child_width
+    logs = np.log([parent_width] * layer.parents.shape[1] + [child_width])
+    with torch.inference_mode(False), torch.enable_grad():
+        bounds = [(log - np.log(16), log + np.log(2)) for log in logs]
+        likeliest = minimize(_surprise(layer), logs, jac=True, method="L-BFGS-B", bounds=bounds, options=SEARCH).x
+    share = np.log(max(n_units, FEW) / FEW) / np.log(MANY / FEW)
+    logs = share * logs + (1 - share) * likeliest
+    return np.exp(logs[:-1]), np.exp(logs[-1])
+
+
+def _surprise(layer: Layer) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+    """What maps logarithms of widths (p + 1,) to -log p(child group | parents), a mean, and its gradient."""
+    groups = _spaced(np.flatnonzero(layer.child_units), CHILDREN)
+    rows = _spaced(np.arange(layer.n), max(ROWS, KERNELS // (layer.n * len(groups))))
+    units = torch.from_numpy(layer.child_units[groups])
+    parents, children = torch.from_numpy(layer.parents), torch.from_numpy(layer.children)
+    own = [children[:, layer.child_groups == j] for j in groups]
+    squares = [torch.cdist(c[rows], c, compute_mode="donot_use_mm_for_euclid_dist").square() for c in own]
+    squares = torch.stack(squares) / units[:, None, None]
+    copies = torch.where(squares > 0, 0.0, -torch.inf)
+    itself = torch.zeros(len(rows), layer.n, dtype=torch.float64)
+    itself[np.arange(len(rows)), rows] = -torch.inf
+
+    def surprise(logs: np.ndarray) -> tuple[float, np.ndarray]:
+        logs = torch.tensor(logs, requires_grad=True)
+        scaled = parents / logs[:-1].exp()
+        given = itself + scaled[rows] @ scaled.T - scaled.square().sum(1) / 2
+        joint = given + copies - squares / (2 * logs[-1].exp().square())
+        value = units.double().mean() * logs[-1] + (given.logsumexp(1) - joint.logsumexp(2)).mean()
+        value.backward()
+        return value.item(), logs.grad.numpy()
+
+    return surprise
+
+
+def _spaced(items: np.ndarray, count: int) -> np.ndarray:
+    """So many of the items at most, at equal distances."""
+    return items[np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
+
+
 def scores(
     layer: Layer,
     *,
     n_jobs: int = 1,
     seed: int = 0,
-    width: float = WIDTH,
+    width: float | str = WIDTH,
     precision: str = "double",
     device: str | torch.device = "cpu",
     start: tuple[int, np.ndarray] | None = None,
@@ -67,7 +126,7 @@ def scores(
 
     Parameters
     ----------
-    width : factor of `widths`, from 1e-6 to 1e6
+    width : factor of `widths`, from 1e-6 to 1e6, or "auto": `auto_widths`
     precision : "double", or "single" at less than half the cost
     device : where the tensors live; on a GPU there is one worker, and results differ from the CPU's by rounding
     start : (rows done, sum over these rows) as last given to `on_rows`, to continue an interrupted run
@@ -83,12 +142,14 @@ def scores(
     (1995) for mutual information. It ranks groups reliably in wide layers; its absolute value is biased towards 0
     there.
     """
-    check_number(width, "width", 1e-6, 1e6)
+    if not (auto := isinstance(width, str) and width == "auto"):
+        check_number(width, 'width (or "auto")', 1e-6, 1e6)
     check_choice(precision, "precision", PRECISIONS)
     done, total = start or (0, np.zeros(layer.shape))
     if not 0 <= done <= layer.n or np.shape(total) != layer.shape:
         raise ValueError(f"start does not belong to {layer.n} rows and scores of shape {layer.shape}")
-    kernels = _Kernels(layer, width, PRECISIONS[precision], _usable(device))
+    chosen = auto_widths(layer) if auto else widths(layer.parent_units.sum(), width)
+    kernels = _Kernels(layer, chosen, PRECISIONS[precision], _usable(device))
     of_row = 2 * layer.n * (layer.shape[0] + 1) * (layer.shape[1] + 1)
     rows = min(TASK_ROWS, max(1, TASK_OPERATIONS // of_row))
     tasks = [(row, min(row + rows, layer.n)) for row in range(done, layer.n, rows)]
@@ -113,11 +174,11 @@ def _usable(device) -> torch.device:
 class _Kernels:
     """Factors from which any tile of exponents (to base 2) is one small matrix product per group."""
 
-    def __init__(self, layer: Layer, factor: float, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layer: Layer, widths: tuple, dtype: torch.dtype, device: torch.device) -> None:
         self.n, self.dtype, self.device = layer.n, dtype, device
         self.tile_columns = TILE_COLUMNS if device.type == "cpu" else self.n
         self.n_children, self.n_parents = layer.shape
-        parent_width, child_width = widths(layer.parent_units.sum(), factor)
+        parent_width, child_width = widths
         scale = np.sqrt(np.log2(np.e) / 2)
         child_widths = child_width * np.sqrt(np.maximum(layer.child_units, 1))[layer.child_groups]
         parents, children = layer.parents * (scale / parent_width), layer.children * (scale / child_widths)
