@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 from sklearn.metrics import roc_auc_score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,15 +40,12 @@ def rank(kind: str, n: int, seeds: int, cores: int) -> list[dict]:
 
 
 def narrow(units: int, n: int, seeds: int, cores: int) -> dict:
-    """How well the KDE ranks so many parents, of which a quarter matters: mean AUC by width, over layers of all kinds."""
+    """How well the KDE ranks so many parents, of which a quarter matters: mean AUC over layers of all kinds."""
     shape = {"groups": units, "parent_units": 1, "child_units": 1, "true_parents": units // 4}
     layers = [synthetic.layer(kind, n, seed, **shape) for kind in synthetic.RESPONSES for seed in range(seeds)]
-    row, many = {"units": units, "n": n}, kde.MANY
-    for name, width, kde.MANY in (
-        ("rule", kde.WIDTH, many),
-        ("likeliest", "auto", float("inf")),
-        ("auto", "auto", many),
-    ):
+    row, passage = {"units": units, "n": n, "layers": len(layers)}, kde.MANY
+    for name, width, many in (("rule", kde.WIDTH, passage), ("likeliest", "auto", np.inf), ("auto", "auto", passage)):
+        kde.MANY = many
         scored = [(truth, layer_cmi(*data, width=width, n_jobs=cores)) for *data, truth in layers]
         row[name] = mean([roc_auc_score(truth.ravel(), scores.ravel()) for truth, scores in scored])
     return row

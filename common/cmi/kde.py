@@ -26,7 +26,7 @@ from common.cmi.inputs import Layer, check_choice, check_number, in_parallel, ou
 WIDTH = 0.25  # kernel width per square root of the number of parent units; see `widths`
 FEW, MANY = 2, 10  # parent units up to which "auto" takes the likeliest widths, and from which those of `widths`
 CHILDREN, ROWS = 8, 32  # child groups that widths are the likeliest for, at most, and rows of each, at least
-KERNELS = 2**21  # values of their kernels
+KERNELS = 2**20  # values of their kernels
 SEARCH = {"ftol": 1e-5, "maxiter": 50}  # for the likeliest widths
 TASK_ROWS = 64  # rows of one task, at most: the unit of parallel work, of progress and of resuming
 TASK_OPERATIONS = 4 * 10**11  # of one task, unless it is one row: ten seconds of a core
