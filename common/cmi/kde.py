@@ -183,8 +183,8 @@ class _Kernels:
         child_widths = child_width * np.sqrt(np.maximum(layer.child_units, 1))[layer.child_groups]
         parents, children = layer.parents * (scale / parent_width), layer.children * (scale / child_widths)
         self.whole = self._factors([parents], -1)
-        self.rests = self._factors(_split_and_pad(parents, layer.parent_groups), +1)
-        self.kids = self._factors(_split_and_pad(children, layer.child_groups), -1)
+        self.rests = self._factors(_split(parents, layer.parent_groups), +1)
+        self.kids = self._factors(_split(children, layer.child_groups), -1)
 
     def _factors(self, groups: list[np.ndarray], sign: int) -> tuple[Tensor, Tensor]:
         """Left (k, n, d + 2) and right (k, d + 2, n) factors whose product is sign * squared distance, per group."""
@@ -242,19 +242,26 @@ class _Kernels:
         whole.diagonal(rows.start).fill_(-torch.inf)
         return whole.sub_(whole.amax(1, keepdim=True))
 
-    def _exponents(self, whole: Tensor, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        """Exponents of the rests' kernels (k, rows, cols) and of the children's."""
-        rests = torch.baddbmm(whole[:, cols], self.rests[0][:, rows], self.rests[1][:, :, cols])
-        return rests, torch.bmm(self.kids[0][:, rows], self.kids[1][:, :, cols])
+    def _exponents(self, whole: Tensor, rows: slice, cols: slice, out: tuple) -> tuple[Tensor, Tensor]:
+        """Exponents of the rests' kernels (G + 1, rows, cols) and of the children's, in two arrays or, if None, new ones."""
+        rests, kids = out
+        rests = torch.baddbmm(whole[:, cols], self.rests[0][:, rows], self.rests[1][:, :, cols], out=rests)
+        return rests, torch.bmm(self.kids[0][:, rows], self.kids[1][:, :, cols], out=kids)
 
     def _log_sums(self, rows: slice) -> Tensor:
         """Logarithms (rows, H + 1, G + 1) of the sums over all other rows, up to terms that cancel between the four."""
-        whole = self._whole(rows)
-        sums = torch.zeros(len(whole), len(self.kids[0]), len(self.rests[0]), dtype=self.dtype, device=self.device)
+        whole, n_rests, n_kids = self._whole(rows), self.n_parents + 1, self.n_children + 1
+        # sizes that matrix products like; memory that is written again is in the cache
+        n, h, g = len(whole), n_kids + -n_kids % 8, n_rests + -n_rests % 8
+        sums, *buffers = (whole.new_zeros(k) for k in ((n, h, g), g * n * self.tile_columns, h * n * self.tile_columns))
         for col in range(0, self.n, self.tile_columns):
-            rests, kids = self._exponents(whole, rows, slice(col, min(col + self.tile_columns, self.n)))
-            sums.baddbmm_(kids.exp2_().transpose(0, 1), rests.exp2_().permute(1, 2, 0))
-        sums = sums[:, : self.n_children + 1, : self.n_parents + 1]
+            cols = slice(col, min(col + self.tile_columns, self.n))
+            shape = -1, n, cols.stop - col
+            rests, kids = (b[: k * n * shape[2]].view(shape) for b, k in zip(buffers, (g, h), strict=True))
+            for exponents in self._exponents(whole, rows, cols, (rests[:n_rests], kids[:n_kids])):
+                exponents.exp2_()
+            sums.baddbmm_(kids.transpose(0, 1), rests.permute(1, 2, 0))
+        sums = sums[:, :n_kids, :n_rests]
         limits = torch.finfo(self.dtype)
         safe = ((sums > limits.tiny * 2**24) & (sums < limits.max)).flatten(1).all(1)
         logs = sums.log2()
@@ -267,8 +274,7 @@ class _Kernels:
 
         Each kernel's largest exponent is moved to 0; children of which a sum still vanishes are summed in logarithms.
         """
-        rests, kids = self._exponents(self._whole(row), row, slice(0, self.n))
-        rests, kids = rests[: self.n_parents + 1, 0].double(), kids[: self.n_children + 1, 0].double()
+        rests, kids = (e[:, 0].double() for e in self._exponents(self._whole(row), row, slice(0, self.n), (None, None)))
         rests, kids = (e - e.amax(1, keepdim=True) for e in (rests, kids))
         sums = kids.exp2() @ rests.exp2().T
         logs = sums.log2()
@@ -277,7 +283,6 @@ class _Kernels:
         return logs
 
 
-def _split_and_pad(samples: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
-    """The samples of each group, then empty groups: the extra one, and more up to a size that matrix products like."""
-    parts = [samples[:, groups == g] for g in range(groups.max() + 1)]
-    return parts + [samples[:, :0]] * (8 - len(parts) % 8)
+def _split(samples: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
+    """The samples of each group, and of the extra one, that is empty."""
+    return [samples[:, groups == g] for g in range(groups.max() + 2)]
