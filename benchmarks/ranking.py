@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, nargs="+", default=[1000, 2500])
     parser.add_argument("--kinds", nargs="+", choices=synthetic.RESPONSES, default=list(synthetic.RESPONSES))
-    parser.add_argument("--units", type=int, nargs="+", default=[4, 6, 8, 10, 12], help="of narrow layers")
+    parser.add_argument("--units", type=int, nargs="+", default=[4, 6, 8, 10], help="of narrow layers")
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the record")
     args = parser.parse_args()

@@ -254,6 +254,7 @@ def main() -> None:
         ),
     )
     fill(page, "widths", markdown(real["widths"]))
+    fill(page, "narrow", markdown(ranking["narrow"]))
     fill(page, "speed", sweep(speed["by_samples"] + speed["by_parent_groups"] + speed["by_cores"]))
     fill(page, "scale", scale_table(scale))
     fill(page, "peers", peers(speed))

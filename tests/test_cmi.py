@@ -101,7 +101,7 @@ def test_mutual_information_of_gaussians(rng, information, tolerance):
 
 @pytest.mark.parametrize(("information", "tolerance"), [(0.0, 0.03), (0.2, 0.03), (1.0, 0.10)])
 def test_auto_width_finds_the_nats_of_few_units(rng, information, tolerance):
-    """I(X; Y | Z) = -log(1 - r^2) / 2 of Gaussians with partial correlation r, the sample's; Z is a cause of X and Y."""
+    """I(X; Y | Z) = -log(1 - r^2) / 2 of Gaussians with partial correlation r, here the sample's; Z causes both."""
     r = np.sqrt(-np.expm1(-2 * information))
     own_x, own_y, z = rng.normal(size=(3, 1500, 1))
     x, y = z + r * own_y + np.sqrt(1 - r**2) * own_x, z + own_y

@@ -30,7 +30,7 @@ KERNELS = 2**20  # values of their kernels
 SEARCH = {"ftol": 1e-5, "maxiter": 50}  # for the likeliest widths
 TASK_ROWS = 64  # rows of one task, at most: the unit of parallel work, of progress and of resuming
 TASK_OPERATIONS = 4 * 10**11  # of one task, unless it is one row: ten seconds of a core
-TILE = 2**19  # kernel values in one tile: what a core's share of the cache holds
+TILE = 2**21  # kernel values in one tile: what a core's share of the cache holds
 TILE_COLUMNS = 128
 GPU_TILE = 2**28  # 1 GiB of single precision
 PRECISIONS = {"single": torch.float32, "double": torch.float64}
@@ -243,7 +243,7 @@ class _Kernels:
         return whole.sub_(whole.amax(1, keepdim=True))
 
     def _exponents(self, whole: Tensor, rows: slice, cols: slice, out: tuple) -> tuple[Tensor, Tensor]:
-        """Exponents of the rests' kernels (G + 1, rows, cols) and of the children's, in two arrays or, if None, new ones."""
+        """Exponents of the rests' kernels (G + 1, rows, cols) and of the children's, in these arrays or in new ones."""
         rests, kids = out
         rests = torch.baddbmm(whole[:, cols], self.rests[0][:, rows], self.rests[1][:, :, cols], out=rests)
         return rests, torch.bmm(self.kids[0][:, rows], self.kids[1][:, :, cols], out=kids)
