@@ -20,6 +20,8 @@ from common.cmi import ESTIMATORS, cmi
 from output import DIGITS, FOLDER, mean, save, std
 
 INFORMATION = (0.0, 0.2, 1.0)
+METHODS = {"kde": {}, "kde, auto": {"estimator": "kde", "width": "auto"}}  # options by name
+METHODS |= {name: {"estimator": name} for name in ESTIMATORS}
 CHECKS = {
     "independent (2, 2, 5)": lambda n, seed: synthetic.independent_triple((2, 2, 5), n, seed),
     "X <- Z -> Y (1, 1, 1)": synthetic.chain,
@@ -27,11 +29,11 @@ CHECKS = {
 
 
 def calibrate(dims: tuple, information: float, n: int, seeds: int, cores: int) -> list[dict]:
-    """One row per estimator."""
+    """One row per estimator; the KDE also with widths that it chooses."""
     triples = [synthetic.gaussian_triple(dims, information, n, seed) for seed in range(seeds)]
     rows = []
-    for name in ESTIMATORS:
-        values = [cmi(*t, estimator=name, seed=seed, n_jobs=cores) for seed, t in enumerate(triples)]
+    for name, options in METHODS.items():
+        values = [cmi(*t, **options, seed=seed, n_jobs=cores) for seed, t in enumerate(triples)]
         in_nats = not name.startswith("gmi")
         bias = round(mean(values) - information, DIGITS) if in_nats or information == 0 else None
         row = {"dims": dims, "n": n, "truth": information, "estimator": name}
@@ -42,7 +44,10 @@ def calibrate(dims: tuple, information: float, n: int, seeds: int, cores: int) -
 def check(name: str, n: int, seeds: int, cores: int) -> list[dict]:
     """One row per estimator and one for the published routine, on data of CMI 0."""
     triples = [CHECKS[name](n, seed) for seed in range(seeds)]
-    values = {e: [cmi(*t, estimator=e, seed=seed, n_jobs=cores) for seed, t in enumerate(triples)] for e in ESTIMATORS}
+    values = {
+        name: [cmi(*t, **options, seed=seed, n_jobs=cores) for seed, t in enumerate(triples)]
+        for name, options in METHODS.items()
+    }
     values["published routine"] = [published.score(*t, seed=seed) for seed, t in enumerate(triples)]
     return [{"data": name, "n": n, "estimator": e, "mean": mean(v), "std": std(v)} for e, v in values.items()]
 

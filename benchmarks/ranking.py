@@ -3,20 +3,22 @@
     python benchmarks/ranking.py [--seeds N] [--samples N ...] [--kinds KIND ...] [--cores N]
 
 10 x 10 groups of 50 parent and 30 child units, 3 true parents per child group. Area under the ROC curve over all pairs
-of a layer, mean and standard deviation over layers; mean scores of the pairs without and with a dependence. Writes
-results/benchmarks/ranking.json.
+of a layer, mean and standard deviation over layers; mean scores of the pairs without and with a dependence. For narrow
+layers, of a few single parent units and 10 single child units, the KDE with the widths of `kde.widths`, with the
+likeliest ones, and with --width auto, which passes from these to those. Writes results/benchmarks/ranking.json.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 from sklearn.metrics import roc_auc_score
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import synthetic
-from common.cmi import ESTIMATORS, layer_cmi
+from common.cmi import ESTIMATORS, kde, layer_cmi
 from output import DIGITS, FOLDER, mean, save, std
 
 
@@ -37,6 +39,18 @@ def rank(kind: str, n: int, seeds: int, cores: int) -> list[dict]:
     return rows
 
 
+def narrow(units: int, n: int, seeds: int, cores: int) -> dict:
+    """How well the KDE ranks so many parents, of which a quarter matters: mean AUC over layers of all kinds."""
+    shape = {"groups": units, "parent_units": 1, "child_units": 1, "true_parents": units // 4}
+    layers = [synthetic.layer(kind, n, seed, **shape) for kind in synthetic.RESPONSES for seed in range(seeds)]
+    row, passage = {"units": units, "n": n, "layers": len(layers)}, kde.MANY
+    for name, width, many in (("rule", kde.WIDTH, passage), ("likeliest", "auto", np.inf), ("auto", "auto", passage)):
+        kde.MANY = many
+        scored = [(truth, layer_cmi(*data, width=width, n_jobs=cores)) for *data, truth in layers]
+        row[name] = mean([roc_auc_score(truth.ravel(), scores.ravel()) for truth, scores in scored])
+    return row
+
+
 def standard_error(layer_means: list[float]) -> float | None:
     """Of the mean over layers: pairs of one layer share their data and are no independent repetitions."""
     deviation = std(layer_means)
@@ -48,6 +62,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, nargs="+", default=[1000, 2500])
     parser.add_argument("--kinds", nargs="+", choices=synthetic.RESPONSES, default=list(synthetic.RESPONSES))
+    parser.add_argument("--units", type=int, nargs="+", default=[4, 6, 8, 10], help="of narrow layers")
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the record")
     args = parser.parse_args()
@@ -55,6 +70,7 @@ def main() -> None:
     record = {
         "seeds": args.seeds,
         "ranking": [row for size in sizes for row in rank(*size, args.seeds, args.cores)],
+        "narrow": [narrow(units, min(args.samples), args.seeds, args.cores) for units in args.units],
     }
     save(args.out, "ranking", record)
 

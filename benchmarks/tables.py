@@ -271,6 +271,7 @@ def main() -> None:
         ),
     )
     fill(page, "widths", markdown(real["widths"]))
+    fill(page, "narrow", markdown(ranking["narrow"]))
     fill(page, "speed", sweep(speed["by_samples"] + speed["by_parent_groups"] + speed["by_cores"]))
     fill(page, "kernels", kernels_table([records.read(path) for path in sorted(FOLDER.glob("kernels_*.json"))]))
     fill(page, "scale", scale_table(scale))

@@ -39,14 +39,16 @@ from common.scoring import LayerPair
 from common.training import OPTIMIZERS, SCHEDULES, set_dropout
 
 
-def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number from `low` (or above it) to `high`."""
+def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False, word: str = "") -> Callable:
+    """An argparse type: a finite number from `low` (or above it) to `high`, or a word."""
 
     most = f" and at most {high:g}" if high != float("inf") else ""
     name = {int: "a whole number", float: "a number"}[kind]
-    legal = f"{name} {'above' if above else 'at least'} {low:g}{most}"
+    legal = f"{name} {'above' if above else 'at least'} {low:g}{most}" + f", or {word}" * bool(word)
 
     def parse(text: str):
+        if word and text == word:
+            return text
         try:
             value = kind(text)
         except ValueError:
@@ -106,6 +108,7 @@ GPU = "number of the CUDA GPU, if any; under torchrun by process"
 COMPILE = "train through torch.compile: slow to start; --no-Compile: nor by the CUDA graphs that a single GPU replays"
 GRANULARITY = ("block", "channel")
 GRAINS = "blocks, or whole input channels: all children are one group, every parent one; residual sums stay"
+KERNEL_WIDTH = f"kde: kernel width / sqrt(parent units), or the likeliest of few units (default: {kde.WIDTH})"
 BY_LAYER = "one for all pairs, or one per pair (default: model.py's, by layer)"
 GO_ON = "the same command goes on from what is written"
 SWITCH, ON = {"action": Switch}, {"action": "store_true"}
@@ -165,7 +168,7 @@ PRUNING = {
     "sampling": _flag("2", ("means", "positions"), "maps count as their means, or at random positions", "means"),
     "positions": _flag("2", COUNT, "--sampling positions: how many of every image's map", 1),
     "given": _flag("2", ("rest", "kept"), "gaussian: given all other parents, or those not yet pruned"),
-    "width": _flag("2", number(float, 1e-6, 1e6), f"kde: kernel width / sqrt(parent units) (default: {kde.WIDTH})"),
+    "width": _flag("2", number(float, 1e-6, 1e6, word="auto"), KERNEL_WIDTH),
     "precision": _flag("2", tuple(kde.PRECISIONS), "kde: arithmetic of the scores (default: single)"),
     "split_half": _flag("2", None, "also score two halves of the images; report their agreement", **ON),
     "bootstrap": _flag("2", number(int, 2), "also standard errors of the scores, from so many halves of the images"),

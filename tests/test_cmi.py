@@ -10,6 +10,7 @@ from scipy.spatial.distance import pdist, squareform
 from scipy.special import digamma, logsumexp
 
 from common.cmi import ESTIMATORS, backward, cmi, gmi, kde, layer_cmi
+from common.cmi.inputs import Layer
 
 
 def layer(rng, n=40, parents=9, children=6):
@@ -96,6 +97,64 @@ def test_mutual_information_of_gaussians(rng, information, tolerance):
     x = rho * y + np.sqrt(1 - rho**2) * rng.normal(size=(2500, 1))
     expected = -0.5 * np.log(1 - np.corrcoef(x[:, 0], y[:, 0])[0, 1] ** 2)
     assert cmi(x, y) == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize(("information", "tolerance"), [(0.0, 0.03), (0.2, 0.03), (1.0, 0.10)])
+def test_auto_width_finds_the_nats_of_few_units(rng, information, tolerance):
+    """I(X; Y | Z) = -log(1 - r^2) / 2 of Gaussians with partial correlation r, here the sample's; Z causes both."""
+    r = np.sqrt(-np.expm1(-2 * information))
+    own_x, own_y, z = rng.normal(size=(3, 1500, 1))
+    x, y = z + r * own_y + np.sqrt(1 - r**2) * own_x, z + own_y
+    truth = cmi(x, y, z, estimator="gaussian")
+    assert truth == pytest.approx(information, abs=0.1)
+    assert cmi(x, y, z, width="auto") == pytest.approx(truth, abs=tolerance)
+
+
+def test_auto_width_is_the_likeliest(rng):
+    """By the definition: log p(x_a | y_a, z_a) from all other rows, their mean at other widths."""
+    parents = rng.normal(size=(150, 2))
+    data = Layer(parents.sum(1, keepdims=True) + 0.3 * rng.normal(size=(150, 1)), parents, [0], [0, 1])
+
+    def likelihood(widths):
+        logs = [
+            -(((side[:, None] - side) / width) ** 2).sum(2) / 2
+            for side, width in ((data.parents, widths[:2]), (data.children, widths[2]))
+        ]
+        np.fill_diagonal(logs[0], -np.inf)
+        return (logsumexp(sum(logs), 1) - logsumexp(logs[0], 1)).mean() - np.log(widths[2])
+
+    found = np.append(*kde.auto_widths(data))
+    for k, step in np.ndindex(3, 2):
+        other = found.copy()
+        other[k] *= (0.8, 1.25)[step]
+        assert likelihood(other) < likelihood(found)
+
+
+def test_auto_width_passes_to_the_rule_without_a_jump(rng):
+    """What is left of the way from the rule falls steadily; from `kde.MANY` units on scores have the rule's bits."""
+    parents = rng.normal(size=(120, kde.MANY + 2))
+    children = np.tanh(2 * parents[:, :3]) + 0.1 * rng.normal(size=(120, 3))
+    for d in range(1, parents.shape[1] + 1):
+        data = children, parents[:, :d], np.array([0, 0, 1]), np.arange(d)
+        parent_widths, child_width = kde.auto_widths(Layer(*data))
+        rule = kde.widths(d)
+        apart = [*np.ravel(np.log(parent_widths / rule[0])), np.log(child_width / rule[1])]
+        left = 1 - np.log(max(d, 2) / 2) / np.log(kde.MANY / 2)
+        assert np.abs(apart).max() <= max(left, 0) * np.log(16) + 1e-12
+        assert (layer_cmi(*data, width="auto") == layer_cmi(*data)).all() == (d >= kde.MANY)
+
+
+def test_auto_width_of_ties_and_constants(rng):
+    """Independent bits: not the narrowest kernel, though all of a row's copies are at distance 0 then."""
+    bits, parents = rng.integers(0, 2, (300, 2)), np.hstack([rng.normal(size=(300, 2)), np.ones((300, 2))])
+    data = bits, parents, np.arange(2), np.arange(4)
+    assert kde.auto_widths(Layer(*data))[1] > kde.widths(2)[1] / 2
+    with torch.inference_mode():
+        scores = layer_cmi(*data, width="auto")
+    assert abs(scores).max() < 0.03
+    assert (scores[:, 2:] == 0).all()
+    assert (scores == layer_cmi(*data, width="auto", n_jobs=2)).all()
+    assert (layer_cmi(0 * bits, parents, np.arange(2), np.arange(4), width="auto") == 0).all()
 
 
 def test_conditioning_on_the_common_cause_removes_dependence(rng):

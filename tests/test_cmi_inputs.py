@@ -118,7 +118,7 @@ ILLEGAL = [
     *(("gaussian", {"shrinkage": value}) for value in (2, -1, 0, np.nan, "much")),
     *(("gaussian", {"given": "kept", "snr": value}) for value in ([1, 2], 1.0, [1, -1, 1], [1, np.nan, 1], ["a"] * 3)),
     ("gaussian", {"snr": np.ones(3)}),
-    *(("kde", {"width": value}) for value in (-1, 0, np.nan, np.inf, 1e-300, "wide", None)),
+    *(("kde", {"width": value}) for value in (-1, 0, np.nan, np.inf, 1e-300, "wide", "Auto", None, np.ones(4))),
     ("kde", {"precision": "half"}),
     *(("kde", {"device": value}) for value in ("abacus", "meta", "cuda:77", 1.5)),
     *(("kde", {"start": value}) for value in ((-1, np.zeros((2, 2))), (31, np.zeros((2, 2))), (0, np.zeros((1, 2))))),

@@ -311,6 +311,7 @@ BAD = [
     (STAGE2, "{score} --key_id 0 --weights_file ../y", "argument --weights_file: .../y. may hold"),
     (STAGE2, "{score} --key_id 0 --name_postfix ../y", "argument --name_postfix: .../y. may hold"),
     (STAGE2, "{score} --key_id 0 --estimator gaussian --width 1", "--width belongs to --estimator kde, not to"),
+    (STAGE2, "{score} --key_id 0 --width wide", "argument --width: 'wide' is not a number.*, or auto"),
     (STAGE2, "{score} --key_id 0 --bootstrap 1", "argument --bootstrap: 1 is not a whole number at least 2"),
     (STAGE2, "{score} --key_id 0 --given kept", "--given belongs to --estimator gaussian, not to kde"),
     (STAGE2, "{score} --key_id 0 --estimator magic", "argument --estimator: invalid choice"),

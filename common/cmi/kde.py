@@ -18,14 +18,19 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
 from common.cmi.inputs import Layer, check_choice, check_number, in_parallel, out_of_memory
 
 WIDTH = 0.25  # kernel width per square root of the number of parent units; see `widths`
+FEW, MANY = 2, 10  # parent units up to which "auto" takes the likeliest widths, and from which those of `widths`
+CHILDREN, ROWS = 8, 32  # child groups that widths are the likeliest for, at most, and rows of each, at least
+KERNELS = 2**20  # values of their kernels
+SEARCH = {"ftol": 1e-5, "maxiter": 50}  # for the likeliest widths
 TASK_ROWS = 64  # rows of one task, at most: the unit of parallel work, of progress and of resuming
 TASK_OPERATIONS = 4 * 10**11  # of one task, unless it is one row: ten seconds of a core
-TILE = 2**19  # kernel values in one tile: what a core's share of the cache holds
+TILE = 2**21  # kernel values in one tile: what a core's share of the cache holds
 TILE_COLUMNS = 128
 GPU_TILE = 2**28  # 1 GiB of single precision
 PRECISIONS = {"single": torch.float32, "double": torch.float64}
@@ -52,12 +57,66 @@ def widths(n_units: int, factor: float = WIDTH) -> tuple[float, float]:
     return width, min(width, 1.0)
 
 
+def auto_widths(layer: Layer) -> tuple[np.ndarray | float, float]:
+    """Likeliest widths for few parent units, those of `widths` for many, and their geometric means between.
+
+    The likelihood is that of child groups given all parents, each row by the others (Hall, Racine and Li, 2004). Where
+    nothing depends on a unit its likeliest width is infinite: all are at most twice those of `widths`. A row's copies
+    in the child are left out with it: for tied values the narrowest kernel would be the likeliest.
+
+    Returns
+    -------
+    As `widths`, but with a width (p,) of each parent unit where they are few.
+    """
+    n_units = layer.parent_units.sum()
+    parent_width, child_width = widths(n_units)
+    if n_units >= MANY or not layer.live.any():
+        return parent_width, child_width
+    logs = np.log([parent_width] * layer.parents.shape[1] + [child_width])
+    with torch.inference_mode(False), torch.enable_grad():
+        bounds = [(log - np.log(16), log + np.log(2)) for log in logs]
+        likeliest = minimize(_surprise(layer), logs, jac=True, method="L-BFGS-B", bounds=bounds, options=SEARCH).x
+    share = np.log(max(n_units, FEW) / FEW) / np.log(MANY / FEW)
+    logs = share * logs + (1 - share) * likeliest
+    return np.exp(logs[:-1]), np.exp(logs[-1])
+
+
+def _surprise(layer: Layer) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+    """What maps logarithms of widths (p + 1,) to -log p(child group | parents), a mean, and its gradient."""
+    groups = _spaced(np.flatnonzero(layer.child_units), CHILDREN)
+    rows = _spaced(np.arange(layer.n), max(ROWS, KERNELS // (layer.n * len(groups))))
+    units = torch.from_numpy(layer.child_units[groups])
+    parents, children = torch.from_numpy(layer.parents), torch.from_numpy(layer.children)
+    own = [children[:, layer.child_groups == j] for j in groups]
+    squares = [torch.cdist(c[rows], c, compute_mode="donot_use_mm_for_euclid_dist").square() for c in own]
+    squares = torch.stack(squares) / units[:, None, None]
+    copies = torch.where(squares > 0, 0.0, -torch.inf)
+    itself = torch.zeros(len(rows), layer.n, dtype=torch.float64)
+    itself[np.arange(len(rows)), rows] = -torch.inf
+
+    def surprise(logs: np.ndarray) -> tuple[float, np.ndarray]:
+        logs = torch.tensor(logs, requires_grad=True)
+        scaled = parents / logs[:-1].exp()
+        given = itself + scaled[rows] @ scaled.T - scaled.square().sum(1) / 2
+        joint = given + copies - squares / (2 * logs[-1].exp().square())
+        value = units.double().mean() * logs[-1] + (given.logsumexp(1) - joint.logsumexp(2)).mean()
+        value.backward()
+        return value.item(), logs.grad.numpy()
+
+    return surprise
+
+
+def _spaced(items: np.ndarray, count: int) -> np.ndarray:
+    """So many of the items at most, at equal distances."""
+    return items[np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
+
+
 def scores(
     layer: Layer,
     *,
     n_jobs: int = 1,
     seed: int = 0,
-    width: float = WIDTH,
+    width: float | str = WIDTH,
     precision: str = "double",
     device: str | torch.device = "cpu",
     start: tuple[int, np.ndarray] | None = None,
@@ -67,7 +126,7 @@ def scores(
 
     Parameters
     ----------
-    width : factor of `widths`, from 1e-6 to 1e6
+    width : factor of `widths`, from 1e-6 to 1e6, or "auto": `auto_widths`
     precision : "double", or "single" at less than half the cost
     device : where the tensors live; on a GPU there is one worker, and results differ from the CPU's by rounding
     start : (rows done, sum over these rows) as last given to `on_rows`, to continue an interrupted run
@@ -83,12 +142,14 @@ def scores(
     (1995) for mutual information. It ranks groups reliably in wide layers; its absolute value is biased towards 0
     there.
     """
-    check_number(width, "width", 1e-6, 1e6)
+    if not (auto := isinstance(width, str) and width == "auto"):
+        check_number(width, 'width (or "auto")', 1e-6, 1e6)
     check_choice(precision, "precision", PRECISIONS)
     done, total = start or (0, np.zeros(layer.shape))
     if not 0 <= done <= layer.n or np.shape(total) != layer.shape:
         raise ValueError(f"start does not belong to {layer.n} rows and scores of shape {layer.shape}")
-    kernels = _Kernels(layer, width, PRECISIONS[precision], _usable(device))
+    chosen = auto_widths(layer) if auto else widths(layer.parent_units.sum(), width)
+    kernels = _Kernels(layer, chosen, PRECISIONS[precision], _usable(device))
     of_row = 2 * layer.n * (layer.shape[0] + 1) * (layer.shape[1] + 1)
     rows = min(TASK_ROWS, max(1, TASK_OPERATIONS // of_row))
     tasks = [(row, min(row + rows, layer.n)) for row in range(done, layer.n, rows)]
@@ -113,17 +174,17 @@ def _usable(device) -> torch.device:
 class _Kernels:
     """Factors from which any tile of exponents (to base 2) is one small matrix product per group."""
 
-    def __init__(self, layer: Layer, factor: float, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layer: Layer, widths: tuple, dtype: torch.dtype, device: torch.device) -> None:
         self.n, self.dtype, self.device = layer.n, dtype, device
         self.tile_columns = TILE_COLUMNS if device.type == "cpu" else self.n
         self.n_children, self.n_parents = layer.shape
-        parent_width, child_width = widths(layer.parent_units.sum(), factor)
+        parent_width, child_width = widths
         scale = np.sqrt(np.log2(np.e) / 2)
         child_widths = child_width * np.sqrt(np.maximum(layer.child_units, 1))[layer.child_groups]
         parents, children = layer.parents * (scale / parent_width), layer.children * (scale / child_widths)
         self.whole = self._factors([parents], -1)
-        self.rests = self._factors(_split_and_pad(parents, layer.parent_groups), +1)
-        self.kids = self._factors(_split_and_pad(children, layer.child_groups), -1)
+        self.rests = self._factors(_split(parents, layer.parent_groups), +1)
+        self.kids = self._factors(_split(children, layer.child_groups), -1)
 
     def _factors(self, groups: list[np.ndarray], sign: int) -> tuple[Tensor, Tensor]:
         """Left (k, n, d + 2) and right (k, d + 2, n) factors whose product is sign * squared distance, per group."""
@@ -181,19 +242,26 @@ class _Kernels:
         whole.diagonal(rows.start).fill_(-torch.inf)
         return whole.sub_(whole.amax(1, keepdim=True))
 
-    def _exponents(self, whole: Tensor, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        """Exponents of the rests' kernels (k, rows, cols) and of the children's."""
-        rests = torch.baddbmm(whole[:, cols], self.rests[0][:, rows], self.rests[1][:, :, cols])
-        return rests, torch.bmm(self.kids[0][:, rows], self.kids[1][:, :, cols])
+    def _exponents(self, whole: Tensor, rows: slice, cols: slice, out: tuple) -> tuple[Tensor, Tensor]:
+        """Exponents of the rests' kernels (G + 1, rows, cols) and of the children's, in these arrays or in new ones."""
+        rests, kids = out
+        rests = torch.baddbmm(whole[:, cols], self.rests[0][:, rows], self.rests[1][:, :, cols], out=rests)
+        return rests, torch.bmm(self.kids[0][:, rows], self.kids[1][:, :, cols], out=kids)
 
     def _log_sums(self, rows: slice) -> Tensor:
         """Logarithms (rows, H + 1, G + 1) of the sums over all other rows, up to terms that cancel between the four."""
-        whole = self._whole(rows)
-        sums = torch.zeros(len(whole), len(self.kids[0]), len(self.rests[0]), dtype=self.dtype, device=self.device)
+        whole, n_rests, n_kids = self._whole(rows), self.n_parents + 1, self.n_children + 1
+        # sizes that matrix products like; memory that is written again is in the cache
+        n, h, g = len(whole), n_kids + -n_kids % 8, n_rests + -n_rests % 8
+        sums, *buffers = (whole.new_zeros(k) for k in ((n, h, g), g * n * self.tile_columns, h * n * self.tile_columns))
         for col in range(0, self.n, self.tile_columns):
-            rests, kids = self._exponents(whole, rows, slice(col, min(col + self.tile_columns, self.n)))
-            sums.baddbmm_(kids.exp2_().transpose(0, 1), rests.exp2_().permute(1, 2, 0))
-        sums = sums[:, : self.n_children + 1, : self.n_parents + 1]
+            cols = slice(col, min(col + self.tile_columns, self.n))
+            shape = -1, n, cols.stop - col
+            rests, kids = (b[: k * n * shape[2]].view(shape) for b, k in zip(buffers, (g, h), strict=True))
+            for exponents in self._exponents(whole, rows, cols, (rests[:n_rests], kids[:n_kids])):
+                exponents.exp2_()
+            sums.baddbmm_(kids.transpose(0, 1), rests.permute(1, 2, 0))
+        sums = sums[:, :n_kids, :n_rests]
         limits = torch.finfo(self.dtype)
         safe = ((sums > limits.tiny * 2**24) & (sums < limits.max)).flatten(1).all(1)
         logs = sums.log2()
@@ -206,8 +274,7 @@ class _Kernels:
 
         Each kernel's largest exponent is moved to 0; children of which a sum still vanishes are summed in logarithms.
         """
-        rests, kids = self._exponents(self._whole(row), row, slice(0, self.n))
-        rests, kids = rests[: self.n_parents + 1, 0].double(), kids[: self.n_children + 1, 0].double()
+        rests, kids = (e[:, 0].double() for e in self._exponents(self._whole(row), row, slice(0, self.n), (None, None)))
         rests, kids = (e - e.amax(1, keepdim=True) for e in (rests, kids))
         sums = kids.exp2() @ rests.exp2().T
         logs = sums.log2()
@@ -216,7 +283,6 @@ class _Kernels:
         return logs
 
 
-def _split_and_pad(samples: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
-    """The samples of each group, then empty groups: the extra one, and more up to a size that matrix products like."""
-    parts = [samples[:, groups == g] for g in range(groups.max() + 1)]
-    return parts + [samples[:, :0]] * (8 - len(parts) % 8)
+def _split(samples: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
+    """The samples of each group, and of the extra one, that is empty."""
+    return [samples[:, groups == g] for g in range(groups.max() + 2)]
