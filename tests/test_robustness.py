@@ -1,0 +1,141 @@
+"""Attacks on networks: closed forms, a literal version, invariants, and the script."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import model_of, record
+from torch import nn
+
+import report
+import robustness
+from common import records
+from common.data import Split, load
+from common.errors import InputError
+from common.training import evaluate
+
+FREE = (-torch.inf, torch.inf)
+
+
+@pytest.fixture
+def curved():
+    """A small smooth network in double precision, its input and labels."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 4)).double()
+    return network.eval().requires_grad_(False), torch.rand(6, 3, 2, 2).double(), torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+@pytest.mark.parametrize("kind", robustness.ATTACKS)
+def test_of_a_linear_network_with_two_classes_the_attack_is_known(kind):
+    """The gradient has the sign of the difference of the classes' weights everywhere: five steps add up."""
+    torch.manual_seed(1)
+    network = nn.Linear(20, 2).double().eval().requires_grad_(False)
+    images = torch.rand(50, 20).double()
+    labels = network(images).argmax(1)
+    changed = robustness.attack(kind, network, images, labels, 0.01, (0.0, 1.0))
+    towards = (network.weight[1 - labels] - network.weight[labels]).sign()
+    torch.testing.assert_close(changed, (images + 0.05 * towards).clamp(0, 1))
+
+
+@pytest.mark.parametrize("kind", robustness.ATTACKS)
+def test_the_same_as_one_image_at_a_time_by_finite_differences(kind, curved):
+    network, images, labels = curved
+    changed = robustness.attack(kind, network, images, labels, 0.02, FREE)
+    for image, label, end in zip(images, labels, changed, strict=True):
+        least, now = network(image[None]).argmin(), image.clone()
+        for _ in range(5):
+            step = torch.zeros_like(now)
+            for place in torch.cartesian_prod(*(torch.arange(n) for n in now.shape)):
+                ahead, behind = now.clone(), now.clone()
+                ahead[tuple(place)] += 1e-5
+                behind[tuple(place)] -= 1e-5
+                wanted = label if kind == "fgsm" else least
+                rise = [F.cross_entropy(network(x[None])[0], wanted) for x in (ahead, behind)]
+                step[tuple(place)] = torch.sign(rise[0] - rise[1]) * (1 if kind == "fgsm" else -1)
+            now = now + 0.02 * step
+        torch.testing.assert_close(end, now)
+
+
+@pytest.mark.parametrize("kind", robustness.ATTACKS)
+def test_images_stay_near_and_are_images(kind, curved):
+    network, images, labels = curved
+    before, limits = images.clone(), (torch.zeros(3, 1, 1), torch.tensor([1.0, 0.9, 0.8]).reshape(3, 1, 1))
+    images = before.clamp(*limits)
+    for eps in (0.001, 0.3):
+        changed = robustness.attack(kind, network, images, labels, eps, limits)
+        assert ((changed - images).abs() <= 5 * eps + 1e-12).all()
+        assert ((changed >= limits[0]) & (changed <= limits[1])).all()
+        assert not changed.equal(images)
+    assert not images.requires_grad
+
+
+def test_what_pixels_can_be_is_known_after_normalising():
+    mean, std = torch.tensor([0.5, 0.25]).reshape(2, 1, 1), torch.tensor([0.25, 0.5]).reshape(2, 1, 1)
+    black_and_white = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 2, 1, 1)
+    ((images, _),) = Split(black_and_white, torch.zeros(2, dtype=torch.int64), mean, std).batches()
+    torch.testing.assert_close(torch.stack(robustness.limits(Split(None, None, mean, std))), images)
+    assert torch.stack(robustness.limits(Split(None, None))).tolist() == [0, 1]
+
+
+@pytest.fixture
+def attack(tmp_path, monkeypatch):
+    """Attacks an MLP of the digits: a function of flags that returns the record, the network, its data and its checkpoint."""
+    network = model_of("mlp").build()
+    data = load("DIGITS", tmp_path, val_size=200, device=torch.device("cpu"))
+    path = tmp_path / "logits_best.pkl"
+    torch.save({"state_dict": network.state_dict(), "dataset": "DIGITS", "val_size": 200}, path)
+    known = {"stage": 1, "status": "complete", "arguments": {"Dims": 10}, "seed": 7}
+    records.write(records.record_path(path), known)
+    monkeypatch.setattr(robustness, "TARGET", tmp_path / "attacks")
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["robustness", "mlp", str(path), *map(str, flags)])
+        robustness.main()
+        return record(tmp_path / "attacks" / "logits_best.pkl")
+
+    return run, network, data, path
+
+
+def test_the_record_has_an_accuracy_by_attack_and_eps(attack, capsys):
+    run, network, data, path = attack
+    found = run("--eps", 1e-4, 0.2)
+    clean = evaluate(network, data.test).accuracy
+    for kind in robustness.ATTACKS:
+        assert found[f"{kind}_0"]["accuracy"] == pytest.approx(float(clean))
+    assert found["fgsm_0.2"]["accuracy"] < found["fgsm_0.0001"]["accuracy"] <= found["fgsm_0"]["accuracy"]
+    assert (found["rule"], found["dense"], found["arguments"]["images"]) == ("dense", path.name, len(data.test))
+    assert run("--eps", 1e-4, 0.2) == found
+    assert "attacked already" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"of a run with `eps` \[0.0001, 0.2\]"):
+        run("--eps", 0.01)
+    known = records.read(records.record_path(path))
+    records.write(records.record_path(path), {**known, "status": "running"})
+    with pytest.raises(InputError, match="no checkpoint of a finished run"):
+        run()
+
+
+def test_fewer_images_are_the_same_for_all_networks(attack):
+    run, network, data, _ = attack
+    found = run("--images", 40, "--eps", 0.01)
+    rows = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:40]
+    assert found["arguments"]["images"] == 40
+    assert found["fgsm_0"]["accuracy"] == pytest.approx(float(evaluate(network, data.test[rows]).accuracy))
+
+
+def test_attacks_are_paired_by_dense_network():
+    """CMI is ahead of magnitude by 1, 2, 3 points at eps 0.1; the eps are those that all records have."""
+    found = []
+    for name, gain in (("magnitude", 0), ("CMI", 1), ("dense", 5)):
+        for k in range(3):
+            run = {"stage": "attack", "rule": name, "dense": str(k), "arguments": {"Model": "net", "eps": [0.1]}}
+            run |= {f"{kind}_0": {"accuracy": 90.0} for kind in robustness.ATTACKS}
+            found.append(run | {f"{kind}_0.1": {"accuracy": 50.0 + gain * (k + 1)} for kind in robustness.ATTACKS})
+    found[0]["arguments"]["eps"] = [0.05, 0.1]
+    lines = report.attacks_table(found, "net").splitlines()
+    assert lines[0] == "| accuracy (%) | attack | eps 0 | eps 0.1 | n |"
+    assert lines[2] == "| dense | iterative FGSM | 90.00 ± 0.00 | 60.00 ± 5.00 | 3 |"
+    assert lines[9] == "| CMI, ahead of | attack | eps 0 | eps 0.1 | n |"
+    ahead = "+2.00 ± 0.58 (p = 0.074), no difference shown"
+    assert f"| magnitude | iterative FGSM | +0.00 ± 0.00, no difference shown | {ahead} | 3 |" in lines
+    assert report.attacks_table([], "net") == ""
