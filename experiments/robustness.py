@@ -13,6 +13,7 @@ import argparse
 import runpy
 import sys
 import time
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,19 +34,18 @@ EPS = tuple(k / 1000 for k in range(1, 10))  # of the paper
 TARGET = files.RESULTS / "robustness" / "attacks"
 
 
-def attack(kind: str, network: nn.Module, images: Tensor, labels: Tensor, eps: float, limits: tuple) -> Tensor:
-    """Images (n, ...) after STEPS steps of size `eps` against the network, each kept within `limits`, its range.
+def attack(network: nn.Module, images: Tensor, labels: Tensor, step: float, among: tuple[Tensor, Tensor]) -> Tensor:
+    """Images (n, ...) after STEPS steps up the loss of the labels (n,), or down it where the step is negative.
 
-    The network is in evaluation mode; `kind` is one of ATTACKS, `labels` (n,) are the true classes.
+    Each step has the gradient's sign at every pixel, and ends among the lowest and the highest values. The network is
+    in evaluation mode, so that images do not depend on each other.
     """
-    up = kind == "fgsm"
-    towards = labels if up else network(images).detach().argmin(1)
     changed = images.detach()
     for _ in range(STEPS):
         changed.requires_grad_()
-        loss = F.cross_entropy(network(changed), towards, reduction="sum")
+        loss = F.cross_entropy(network(changed), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, changed)
-        changed = (changed.detach() + (eps if up else -eps) * gradient.sign()).clamp(*limits)
+        changed = (changed.detach() + step * gradient.sign()).clamp(*among)
     return changed.detach()
 
 
@@ -57,14 +57,16 @@ def limits(split: Split) -> tuple[Tensor, Tensor]:
 
 def accuracies(network: nn.Module, split: Split, grid: list[float]) -> dict[str, dict[str, float]]:
     """Accuracy in per cent by attack and eps, as "fgsm_0.001"; at 0 on the images as they are."""
-    names = {f"{kind}_{eps:g}": (kind, eps) for kind in ATTACKS for eps in (0.0, *grid)}
-    right, among = dict.fromkeys(names, 0), limits(split)
+    right, among = Counter(), limits(split)
     for images, labels in split.batches():
         images = images.contiguous(memory_format=torch.channels_last)
-        for name, (kind, eps) in names.items():
-            changed = attack(kind, network, images, labels, eps, among) if eps else images
-            with torch.inference_mode():
-                right[name] += int((network(changed).argmax(1) == labels).sum())
+        logits = network(images)
+        for kind in ATTACKS:
+            towards, up = (labels, 1) if kind == "fgsm" else (logits.argmin(1), -1)
+            right[f"{kind}_0"] += int((logits.argmax(1) == labels).sum())
+            for eps in grid:
+                changed = attack(network, images, towards, up * eps, among)
+                right[f"{kind}_{eps:g}"] += int((network(changed).argmax(1) == labels).sum())
     return {name: {"accuracy": 100 * count / len(split)} for name, count in right.items()}
 
 

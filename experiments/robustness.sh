@@ -1,7 +1,7 @@
 #!/bin/sh
-# The paper's adversarial study (robustness.py): dense and pruned networks under iterative FGSM and the iterative least-likely
-# class. The MLP over the whole test set; the networks are mnist.sh's, trained first. ResNet56, refitted at 70 % by rules.sh,
-# over IMAGES test images, as a CPU makes some 130 gradients a second. Finished runs are skipped.
+# The paper's adversarial study (robustness.py): dense and pruned networks under iterative FGSM and the iterative
+# least-likely class. The MLP over the whole test set, networks by mnist.sh; ResNet56 refitted at 70 %, by rules.sh, over
+# IMAGES test images, as a core makes some 130 gradients a second. Finished runs are skipped.
 set -eu
 cd "$(dirname "$0")"
 python=${PYTHON:-python}
@@ -14,7 +14,7 @@ NETWORKS="$(seq -s ' ' 0 $((networks - 1)))" SAMPLINGS=0 SHARES=0.7 RULES=$rules
 for number in $(seq 0 $((networks - 1))); do
     $python robustness.py mlp --Data_dir "$DATA_DIR" "robustness/baseline/$number/logits_best.pkl" \
         $(for rule in correlated magnitude random; do echo "robustness/${rule}_even/$number/0/logits_96.20.pkl"; done)
-    $python robustness.py resnet56 --Data_dir "$DATA_DIR" --images "${IMAGES:-300}" --eps 0.001 0.003 0.005 0.007 0.009 \
+    $python robustness.py resnet56 --Data_dir "$DATA_DIR" --images "${IMAGES:-200}" --eps 0.001 0.003 0.005 \
         "cifar10_jpeg/resnet56/baseline/$number/0/logits_best.pkl" \
         $(for rule in $rules; do echo "cifar10_before/$rule/${number}_0/0/logits_70.00.pkl"; done)
 done

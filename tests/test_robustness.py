@@ -15,7 +15,7 @@ from common.data import Split, load
 from common.errors import InputError
 from common.training import evaluate
 
-FREE = (-torch.inf, torch.inf)
+FREE = torch.tensor(-torch.inf), torch.tensor(torch.inf)
 
 
 @pytest.fixture
@@ -26,48 +26,60 @@ def curved():
     return network.eval().requires_grad_(False), torch.rand(6, 3, 2, 2).double(), torch.tensor([0, 1, 2, 3, 0, 1])
 
 
-@pytest.mark.parametrize("kind", robustness.ATTACKS)
-def test_of_a_linear_network_with_two_classes_the_attack_is_known(kind):
+@pytest.mark.parametrize("step", [0.01, -0.01])
+def test_of_a_linear_network_with_two_classes_the_attack_is_known(step):
     """The gradient has the sign of the difference of the classes' weights everywhere: five steps add up."""
     torch.manual_seed(1)
     network = nn.Linear(20, 2).double().eval().requires_grad_(False)
-    images = torch.rand(50, 20).double()
-    labels = network(images).argmax(1)
-    changed = robustness.attack(kind, network, images, labels, 0.01, (0.0, 1.0))
-    towards = (network.weight[1 - labels] - network.weight[labels]).sign()
-    torch.testing.assert_close(changed, (images + 0.05 * towards).clamp(0, 1))
+    images, labels = torch.rand(50, 20).double(), torch.arange(50) % 2
+    changed = robustness.attack(network, images, labels, step, (torch.tensor(0.0), torch.tensor(1.0)))
+    rise = (network.weight[1 - labels] - network.weight[labels]).sign()
+    torch.testing.assert_close(changed, (images + 5 * step * rise).clamp(0, 1))
 
 
-@pytest.mark.parametrize("kind", robustness.ATTACKS)
-def test_the_same_as_one_image_at_a_time_by_finite_differences(kind, curved):
+@pytest.mark.parametrize("step", [0.02, -0.02])
+def test_the_same_as_one_image_at_a_time_by_finite_differences(step, curved):
     network, images, labels = curved
-    changed = robustness.attack(kind, network, images, labels, 0.02, FREE)
+    changed = robustness.attack(network, images, labels, step, FREE)
     for image, label, end in zip(images, labels, changed, strict=True):
-        least, now = network(image[None]).argmin(), image.clone()
+        now = image.clone()
         for _ in range(5):
-            step = torch.zeros_like(now)
+            signs = torch.zeros_like(now)
             for place in torch.cartesian_prod(*(torch.arange(n) for n in now.shape)):
                 ahead, behind = now.clone(), now.clone()
                 ahead[tuple(place)] += 1e-5
                 behind[tuple(place)] -= 1e-5
-                wanted = label if kind == "fgsm" else least
-                rise = [F.cross_entropy(network(x[None])[0], wanted) for x in (ahead, behind)]
-                step[tuple(place)] = torch.sign(rise[0] - rise[1]) * (1 if kind == "fgsm" else -1)
-            now = now + 0.02 * step
+                rise = [F.cross_entropy(network(x[None])[0], label) for x in (ahead, behind)]
+                signs[tuple(place)] = torch.sign(rise[0] - rise[1])
+            now = now + step * signs
         torch.testing.assert_close(end, now)
 
 
-@pytest.mark.parametrize("kind", robustness.ATTACKS)
-def test_images_stay_near_and_are_images(kind, curved):
+@pytest.mark.parametrize("step", [0.001, 0.3, -0.3])
+def test_images_stay_near_and_are_images(step, curved):
     network, images, labels = curved
-    before, limits = images.clone(), (torch.zeros(3, 1, 1), torch.tensor([1.0, 0.9, 0.8]).reshape(3, 1, 1))
-    images = before.clamp(*limits)
-    for eps in (0.001, 0.3):
-        changed = robustness.attack(kind, network, images, labels, eps, limits)
-        assert ((changed - images).abs() <= 5 * eps + 1e-12).all()
-        assert ((changed >= limits[0]) & (changed <= limits[1])).all()
-        assert not changed.equal(images)
+    lowest, highest = torch.zeros(3, 1, 1), torch.tensor([1.0, 0.9, 0.8]).reshape(3, 1, 1)
+    images = images.clamp(lowest, highest)
+    before = images.clone()
+    changed = robustness.attack(network, images, labels, step, (lowest, highest))
+    assert ((changed - images).abs() <= 5 * abs(step) + 1e-12).all()
+    assert ((changed >= lowest) & (changed <= highest)).all()
+    assert not changed.equal(images)
+    assert images.equal(before)
     assert not images.requires_grad
+
+
+def test_one_attack_leaves_the_true_class_and_the_other_seeks_the_least_likely(curved, monkeypatch):
+    network, images, labels = curved
+    asked = []
+    monkeypatch.setattr(robustness, "attack", lambda _, images, *given: asked.append(given) or images)
+    split = Split((255 * images).byte(), labels)
+    robustness.accuracies(network.float(), split, [0.1])
+    ((images, _),) = split.batches()
+    (true, up, _), (sought, down, _) = asked
+    assert (up, down) == (0.1, -0.1)
+    assert true.equal(labels)
+    assert sought.equal(network(images).min(1).indices)
 
 
 def test_what_pixels_can_be_is_known_after_normalising():
@@ -80,7 +92,7 @@ def test_what_pixels_can_be_is_known_after_normalising():
 
 @pytest.fixture
 def attack(tmp_path, monkeypatch):
-    """Attacks an MLP of the digits: a function of flags that returns the record, the network, its data and its checkpoint."""
+    """A function of flags that attacks an MLP and returns the record; the network, its data and its checkpoint."""
     network = model_of("mlp").build()
     data = load("DIGITS", tmp_path, val_size=200, device=torch.device("cpu"))
     path = tmp_path / "logits_best.pkl"
