@@ -288,16 +288,16 @@ def attacks_figure(records: list[dict], target: Path, models: dict[str, str]) ->
     save(figure, target)
 
 
-def filters_figure(target: Path, shown: int = 60, columns: int = 20) -> None:
-    """First layers of the committed networks: the MLP's units that fc2 reads or not, ResNet56's by how many read them."""
-    figure, axes = plt.subplots(3, figsize=(7, 3.9), height_ratios=(3, 3, 1.3))
+def filters_figure(target: Path, shown: int = 40, columns: int = 20) -> None:
+    """First layers of committed networks: the MLP's units that fc2 reads or not, ResNet56's by how many read them."""
+    figure, axes = plt.subplots(3, figsize=(7, 3), height_ratios=(2, 2, 1.3))
     weights, readers = first_layer(*FIRST["mlp"])
     norms = np.linalg.norm(weights, axis=1)
     for axis, which, word in ((axes[0], readers > 0, "still read"), (axes[1], readers == 0, "no longer read")):
         order = np.flatnonzero(which)[np.argsort(-norms[which])]
         tiles = weights[order[np.linspace(0, len(order) - 1, shown).round().astype(int)]]
         mosaic = beside(tiles.reshape(-1, columns, 28, 28), 2, np.nan)
-        axis.imshow(mosaic, cmap="RdBu", vmin=-0.2, vmax=0.2, interpolation="nearest")
+        axis.imshow(mosaic, cmap="RdBu", vmin=-0.15, vmax=0.15, interpolation="nearest")
         norm = f"norm {norms[which].mean():.2f} ± {norms[which].std(ddof=1):.2f}, the largest first"
         axis.set(title=f"{len(order)} units are {word} when 99.6 % of fc2 is pruned, {shown} of them here; {norm}")
     weights, readers = first_layer(*FIRST["resnet56"])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import model_of, record
 from torch import nn
 
+import figures
 import report
 import robustness
 from common import records
@@ -135,7 +136,7 @@ def test_fewer_images_are_the_same_for_all_networks(attack):
     assert found["fgsm_0"]["accuracy"] == pytest.approx(float(evaluate(network, data.test[rows]).accuracy))
 
 
-def test_attacks_are_paired_by_dense_network():
+def test_attacks_are_paired_by_dense_network(tmp_path):
     """CMI is ahead of magnitude by 1, 2, 3 points at eps 0.1; the eps are those that all records have."""
     found = []
     for name, gain in (("magnitude", 0), ("CMI", 1), ("dense", 5)):
@@ -151,3 +152,23 @@ def test_attacks_are_paired_by_dense_network():
     ahead = "+2.00 ± 0.58 (p = 0.074), no difference shown"
     assert f"| magnitude | iterative FGSM | +0.00 ± 0.00, no difference shown | {ahead} | 3 |" in lines
     assert report.attacks_table([], "net") == ""
+    figures.attacks_figure(found, tmp_path / "attacks", {"net": "any"})
+    assert (tmp_path / "attacks.svg").is_file()
+
+
+def test_first_layers_are_counted_by_who_reads_them(tmp_path):
+    """Unit 0 is read by both channels of a convolution, unit 1 by none, unit 2 at one tap by one."""
+    mask = torch.zeros(2, 3, 2, 2, dtype=torch.bool)
+    mask[:, 0], mask[1, 2, 1, 0] = True, True
+    for name, more in (("dense", {}), ("pruned", {"masks": {"next": mask}})):
+        torch.save({"state_dict": {"first": torch.arange(3.0)}, **more}, tmp_path / name)
+    weights, readers = figures.first_layer(tmp_path / "dense", tmp_path / "pruned", "first", "next")
+    assert (weights.tolist(), readers.tolist()) == ([0, 1, 2], [2, 0, 1])
+
+
+def test_pictures_stand_beside_each_other(rng):
+    tiles = rng.random((2, 3, 4, 5))
+    picture = figures.beside(tiles, 1, 0.5)
+    assert picture.shape == (10, 18)
+    assert (picture[5:9, 12:17] == tiles[1, 2]).all()
+    assert (picture[:, 5] == 0.5).all()
