@@ -580,6 +580,7 @@ def best(network, tmp_path, **settings):
     return conftest.record(path)
 
 
+@pytest.mark.slow
 def test_the_reference_way_to_the_best_result(tmp_path):
     """On digits and for an epoch: the rule and the share are those of the table that it quotes."""
     groups, short = " ".join(GROUPS), {"TRAIN_FLAGS": "--Dataset DIGITS --Epoch 1", "RETRAIN_EPOCHS": "1"}
