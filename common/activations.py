@@ -151,7 +151,7 @@ def collect_activations(
     there, channel by channel.
     """
     run_order(network, keys, split)
-    seen, layers = {key: ([], []) for key in keys}, {key: plain_layer(network, key) for key in keys}
+    seen, done, layers = {}, 0, {key: plain_layer(network, key) for key in keys}
     random = {key: torch.Generator().manual_seed(seed) for key in keys}
 
     def keep(key: str, read: Tensor, returned: Tensor) -> None:
@@ -160,20 +160,24 @@ def collect_activations(
         else:
             where = draw_positions(returned, positions, random[key])
             rows = rows_at(windows(layers[key], read), where), rows_at(returned, where)
-        for values, features in zip(seen[key], rows, strict=True):
-            values.append(features.float().cpu())
+        each = len(rows[0]) // len(images)  # rows of an image
+        if key not in seen:  # in one piece: many small ones that stay would leave holes too small for the next maps
+            seen[key] = tuple(torch.empty(each * len(split), values.shape[1]) for values in rows)
+        for whole, values in zip(seen[key], rows, strict=True):
+            whole[each * done : each * (done + len(images))] = values.float().cpu()
 
     with forward_hooks(network, keys, keep):
-        for k, (images, _) in enumerate(split.batches(batch_size)):
+        for images, _ in split.batches(batch_size):
             network(images)
-            if k == 0:
-                _check_memory([values[0] for pair in seen.values() for values in pair], len(split) / len(images))
-    return {key: (torch.cat(inputs), torch.cat(outputs)) for key, (inputs, outputs) in seen.items()}
+            if done == 0:
+                _check_memory([values for pair in seen.values() for values in pair])
+            done += len(images)
+    return {key: tuple(values[: len(values) // len(split) * done] for values in pair) for key, pair in seen.items()}
 
 
-def _check_memory(values: list[Tensor], times: float) -> None:
-    """Refuse so many times these values where the machine's memory does not hold them, twice for a while."""
-    gib = 2 * times * sum(value.nbytes for value in values) / 2**30
+def _check_memory(values: list[Tensor]) -> None:
+    """Refuse values that the machine's memory does not hold."""
+    gib = sum(value.nbytes for value in values) / 2**30
     most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     if gib > most:
         few = "fewer `samples_per_class` or `positions`, or one `key_id` at a time"

@@ -20,7 +20,7 @@ import collect
 from common import cli, files
 from common.errors import InputError
 from robustness import ATTACKS
-from rules import DENSE, rule, scores_of, unchanged
+from rules import DENSE, estimate, rule, scores_of, unchanged
 
 MOMENTS = {
     "test_before_retraining": "accuracy before retraining (%)",
@@ -242,20 +242,27 @@ def validated_table(records: list[dict]) -> str:
 
 
 def scoring_table(records: list[dict]) -> str:
-    """What it cost to score all layer pairs of the networks of an experiment."""
-    runs = of_stage(records, 2)
-    seconds, groups = [r["wall_seconds"] for r in runs], [np.prod(r["scores"]["shape"]) for r in runs]
-    row = {
-        "layer pairs": len(runs),
-        "scores per pair": f"{min(groups):,} to {max(groups):,}",
-        "images": f"{runs[0]['scores']['samples']:,}",
-        "seconds in all": f"{sum(seconds):,.0f}",
-        "median per pair": f"{np.median(seconds):.1f}",
-        "longest": f"{max(seconds):.1f}",
-        "memory (MiB)": f"{max(r['peak_memory_mib'] for r in runs):,}",
-        "on": runs[0]["device"],
-    }
-    return markdown([row])
+    """What it cost to score all layer pairs of a network, by kind of scores; of several networks the mean."""
+    kinds, rows = defaultdict(list), []
+    for record in of_stage(records, 2):
+        kinds[", ".join(["CMI", *estimate(record["arguments"])])].append(record)
+    for kind, runs in kinds.items():
+        networks = {(Path(record["path"]).parent, record["arguments"]["name_postfix"]) for record in runs}
+        seconds, groups = [r["wall_seconds"] for r in runs], [np.prod(r["scores"]["shape"]) for r in runs]
+        row = {
+            "scores": kind,
+            "layer pairs": f"{len(runs) / len(networks):.0f}",
+            "scores per pair": f"{min(groups):,} to {max(groups):,}",
+            "images": f"{runs[0]['scores']['samples']:,}",
+            "seconds in all": f"{sum(seconds) / len(networks):,.0f}",
+            "median per pair": f"{np.median(seconds):.1f}",
+            "longest": f"{max(seconds):.1f}",
+            "memory (MiB)": f"{max(r['peak_memory_mib'] for r in runs):,}",
+            "networks": len(networks),
+            "on": runs[0]["device"],
+        }
+        rows.append(row)
+    return markdown(rows)
 
 
 def exported(record: dict) -> str:

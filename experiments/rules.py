@@ -33,8 +33,7 @@ def rule(record: dict) -> str:
     if scores and criterion not in CRITERIA and len(arguments.get("children_key", ())) > 1:
         parts.append("shares of CMI")
     if "CMI" in parts[-1]:
-        estimator, given = scores.get("estimator", "kde"), " given kept" * (scores.get("given") == "kept")
-        parts += [estimator + given] * (estimator != "kde") + ["positions"] * (scores.get("sampling") == "positions")
+        parts += estimate(scores)
     if not scores and file not in ("", "I_parent_cmi"):
         parts.append(file.replace("I_parent_", "scores "))  # all that is known of them
     if scores.get("grouping") == "correlation":
@@ -44,6 +43,12 @@ def rule(record: dict) -> str:
     if arguments.get("Granularity") == "channel":
         parts.append("channels")
     return ", ".join(parts + [change for flag, change in CHANGES.items() if arguments.get(flag)])
+
+
+def estimate(scores: dict) -> list[str]:
+    """The parts of a rule's name that tell stage 2's arguments; none: the default, kernel density of means of maps."""
+    estimator, given = scores.get("estimator", "kde"), " given kept" * (scores.get("given") == "kept")
+    return [estimator + given] * (estimator != "kde") + ["positions"] * (scores.get("sampling") == "positions")
 
 
 def unchanged(name: str) -> str:

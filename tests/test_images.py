@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from common import parallel
+from common.activations import collect_activations
 from common.data import CROP, RESIZED, Split, load, middle
 from common.datasets import read_image, torchvision
 from common.errors import InputError
@@ -284,6 +285,19 @@ def test_images_that_were_left_out_do_not_count(gaps):
     assert trained.loss == pytest.approx(float(expected))
     gradient = torch.tensor([0.0, 1.0]).softmax(0) - torch.tensor([0.2, 0.8])
     torch.testing.assert_close(network.bias.detach(), torch.tensor([0.0, 1.0]) - gradient)
+
+
+@pytest.mark.parametrize("positions", [None, 3])
+def test_activations_are_of_the_images_that_could_be_read(gaps, positions):
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 5, 9), torch.nn.Flatten(), torch.nn.LazyLinear(2)).eval()
+    layers(torch.zeros(1, 3, 224, 224))
+    seen = collect_activations(layers, ["0.weight", "2.weight"], gaps.train, 5, positions=positions)
+    images = torch.cat([images for images, _ in gaps.train.batches(5)])
+    assert len(images) == 20
+    with torch.no_grad():
+        expected = layers(images)
+    assert [len(values) for values in seen["0.weight"]] == [20 * (positions or 1)] * 2
+    torch.testing.assert_close(seen["2.weight"][1], expected)
 
 
 def test_batches_without_images_are_left_out(gaps):

@@ -197,7 +197,7 @@ def test_what_happens_in_place_afterwards_changes_nothing(change, split):
     keys, found = ["a.weight", "b.weight", "c.weight"], []
     for network in in_place(change):
         dense, mask = copy.deepcopy(network), masks.Mask()
-        seen = activations.collect_activations(network, keys, split)
+        seen = [activations.collect_activations(network, keys, split, positions=count) for count in (None, 1)]
         slopes = activations.output_sensitivity(network, keys, split)
         for key in keys:
             generator = torch.Generator().manual_seed(len(mask))
