@@ -5,6 +5,7 @@ import logging
 import math
 import operator
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -80,9 +81,23 @@ def _in_order(client, function: Callable, tasks: Sequence) -> Iterator:
         sent = client.submit(cloudpickle.loads, cloudpickle.dumps(partial(_run, _versions(), function)), pure=False)
         parts = [tasks[k : k + size] for k in range(1, len(tasks), size)]
         for future in [client.submit(operator.call, sent, part, pure=False) for part in parts]:
-            yield from future.result()
+            yield from _awaited(client, future)
     except (ImportError, CancelledError, KilledWorker) as error:
         raise ConnectionError(f"{client.scheduler.address}: {reason(error)}") from error
+
+
+def _awaited(client, future) -> list:
+    """The future's result; while there is no worker to give it, one line says so."""
+    said = False
+    while True:
+        try:
+            return future.result(PATIENCE)
+        except TimeoutError:
+            if future.status == "error":  # the task's own
+                raise
+            if not (said or client.scheduler_info(-1)["workers"]):
+                said = True
+                print(f"{client.scheduler.address} has no workers left; waiting for new ones", file=sys.stderr)
 
 
 def _run(versions: dict[str, str], function: Callable, tasks: Sequence) -> list:

@@ -93,23 +93,22 @@ def _moments(source: nn.Module, dense: nn.Module, keys: list[str], split: Split 
 
 
 def _solve(layer: nn.Module, kept: Tensor, gram: Tensor, cross: Tensor) -> None:
-    """Put the solution into the layer; outputs that keep the same inputs share one factorisation."""
-    kept = kept.flatten(1)
-    patterns, which = torch.unique(kept, dim=0, return_inverse=True)
+    """Put the solution into the layer; outputs that keep the same inputs share one factorisation.
+
+    What is solved for is the change: the ridge holds weights near what they are, not near 0.
+    """
+    kept, weight = kept.flatten(1), layer.weight.flatten(1).double()
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.double()
+    found = torch.cat([weight * kept, bias[:, None]], 1)
+    free = torch.cat([kept, kept.new_full((len(kept), 1), layer.bias is not None)], 1)
+    lacking = cross - gram @ found.T
     ridge = (RIDGE * gram.diagonal()[:-1].mean()).clamp(min=torch.finfo(torch.float32).tiny)  # inputs may all be 0
-    weight, bias = torch.zeros_like(kept, dtype=torch.float64), None if layer.bias is None else layer.bias.double()
+    patterns, which = torch.unique(free, dim=0, return_inverse=True)
     for k, pattern in enumerate(patterns):
-        outputs, inputs = torch.nonzero(which == k).flatten(), torch.nonzero(pattern).flatten()
-        if bias is not None:
-            inputs = torch.cat([inputs, inputs.new_tensor([len(pattern)])])
-        if not len(inputs):
-            continue
+        outputs, inputs = torch.nonzero(which == k), torch.nonzero(pattern).flatten()
         system = gram[inputs[:, None], inputs]
-        system.diagonal()[: pattern.sum()] += ridge
-        solution = torch.linalg.solve(system, cross[inputs[:, None], outputs]).T
-        weight[outputs[:, None], inputs[: pattern.sum()]] = solution[:, : pattern.sum()]
-        if bias is not None:
-            bias[outputs] = solution[:, -1]
-    layer.weight.copy_(weight.reshape(layer.weight.shape))
-    if bias is not None:
-        layer.bias.copy_(bias)
+        system.diagonal()[: pattern[:-1].sum()] += ridge
+        found[outputs, inputs] += torch.linalg.solve(system, lacking[inputs[:, None], outputs.flatten()]).T
+    layer.weight.copy_(found[:, :-1].reshape(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.copy_(found[:, -1])

@@ -55,7 +55,7 @@ COMMANDS = {  # that make the records
     "cifar10_vgg16_before": "experiments/rules.sh vgg16",
     "cifar10_resnet56": "experiments/cifar10.sh resnet56",
     "cifar10_retrained": "EPOCHS={} experiments/rules.sh resnet56",
-    "cifar10_before": "experiments/rules.sh resnet56",
+    "cifar10_before": "experiments/rules.sh resnet56 (in rounds: rounds.sh)",
     "imagenet_retrained": "EPOCHS={} experiments/rules.sh resnet50",
     "imagenet_before": "experiments/rules.sh resnet50",
 }
@@ -74,7 +74,7 @@ COMMITTED = {  # networks below results/ that come with a clone: what makes them
 BY_MACHINE = {"cores": "all that there are", "Workers": "as many as cores, at most 8"}  # defaults of flags
 OF = {"masked_layers": "masked layers", "network": "all"}
 CONTROLS = ("magnitude", "random")
-TREATMENT = ("correlated groups", "single units", "balanced", "refit")  # parts of a rule's name that controls share
+TREATMENT = ("correlated groups", "single units", "balanced", "refit", "in rounds")  # what controls share
 
 
 @cache

@@ -20,7 +20,7 @@ import collect
 from common import cli, files
 from common.errors import InputError
 from robustness import ATTACKS
-from rules import DENSE, estimate, rule, scores_of, unchanged
+from rules import DENSE, ROUNDS, estimate, rule, scores_of, unchanged
 
 MOMENTS = {
     "test_before_retraining": "accuracy before retraining (%)",
@@ -132,10 +132,12 @@ def trajectory(records: list[dict], moments: dict = MOMENTS) -> str:
 def differences(records: list[dict], name: str, moments: dict = MOMENTS) -> str:
     """By how much one rule is ahead of each control at each pruned share, as a Markdown table.
 
-    It is compared with what it is made of too: CMI alone, and the same ranking neither balanced nor refitted. Runs are
-    paired by seed, n pairs: they prune the same dense network.
+    It is compared with what it is made of too: CMI alone, the same ranking neither balanced nor refitted, all at once
+    instead of in rounds. Runs are paired by seed, n pairs: they prune the same dense network.
     """
-    points, parts, rows = by_point(records), {name.replace("CMI x magnitude", "CMI"), unchanged(name)} - {name}, []
+    at_once = name.removesuffix(f", {ROUNDS}")
+    parts = {name.replace("CMI x magnitude", "CMI"), unchanged(name), at_once} - {name}
+    points, rows = by_point(records), []
     for share, ours in ((share, runs) for (share, rule_), runs in points.items() if rule_ == name):
         for (at, control), theirs in points.items():
             if (at == share or control == DENSE) and (not control.startswith("CMI") or control in parts):

@@ -1,10 +1,11 @@
 """What chose the mask of a pruned network, in words that its record and that of its scores hold.
 
 In this order: criterion, estimator and condition of the scores, groups, changes; as in "CMI, gaussian given kept,
-correlated groups, balanced, refit".
+correlated groups, balanced, refit, in rounds".
 """
 
 import hashlib
+import re
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from common import artifacts, files
 
 CRITERIA = {"cmi": "CMI", "cmi-magnitude": "CMI x magnitude"}
 DENSE = "dense, retrained"  # with the recipe of the pruned ones, a control
+ROUNDS, PRUNED = "in rounds", re.compile(r"logits_[\d.]+\.pkl")  # from a network that is pruned already
 CHANGES = {"Even": "balanced", "Refit": "refit"}
 
 
@@ -42,7 +44,8 @@ def rule(record: dict) -> str:
         parts.append("single units")
     if arguments.get("Granularity") == "channel":
         parts.append("channels")
-    return ", ".join(parts + [change for flag, change in CHANGES.items() if arguments.get(flag)])
+    parts += [change for flag, change in CHANGES.items() if arguments.get(flag)]
+    return ", ".join(parts + [ROUNDS] * bool(PRUNED.fullmatch(Path(arguments.get("Retrain") or "").name)))
 
 
 def estimate(scores: dict) -> list[str]:

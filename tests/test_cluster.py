@@ -141,6 +141,37 @@ def test_workers_give_the_local_bits_while_they_are_killed(workers, rng, monkeyp
 
 
 @pytest.mark.slow
+def test_when_all_workers_are_gone_one_line_says_so_and_new_ones_go_on(data, monkeypatch, capsys):
+    monkeypatch.setattr(kde, "TASK_OPERATIONS", 7 * 2 * 400 * 11 * 33)
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as workers:
+        with Client(workers.scheduler_address) as client:
+            client.wait_for_workers(1)
+        run = cluster.connect(workers.scheduler_address)
+        monkeypatch.setattr(cluster, "PATIENCE", 0.2)
+
+        def deserted(function, tasks):
+            workers.scale(0)
+            while workers.scheduler.workers:
+                time.sleep(0.01)
+            waiting = threading.Thread(target=come_back)
+            waiting.start()
+            yield from run(function, tasks)
+            waiting.join()
+
+        def come_back():
+            while "no workers left" not in said[0]:
+                said[0] += capsys.readouterr().err
+            workers.scale(1)
+
+        said = [""]
+        scores = layer_cmi(*data, n_jobs=deserted)
+        said[0] += capsys.readouterr().err
+        cluster.connect.cache_clear()
+    assert said[0] == f"{workers.scheduler_address} has no workers left; waiting for new ones\n"
+    assert (scores == layer_cmi(*data, n_jobs=2)).all()
+
+
+@pytest.mark.slow
 def test_ctrl_c_on_a_cluster_and_on_from_there_without_it(workers, tmp_path):
     shell("mlp", "train_stage1.py", *TRAIN, "--Epoch", 1, "--Save_dir", tmp_path)
     score = [*SCORE, tmp_path / "0", "--precision", "double"]

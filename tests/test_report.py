@@ -272,6 +272,9 @@ def test_a_rule_is_named_by_the_records_of_the_run_and_of_its_scores(scored, cri
     record["arguments"] |= {"Even": True, "Refit": True}
     assert rules.rule(record) == f"{name}, balanced, refit"
     assert rules.unchanged(f"{name}, balanced, refit") == name
+    for checkpoint, more in (("logits_best.pkl", ""), ("logits_90.00.pkl", ", in rounds")):
+        record["arguments"]["Retrain"] = f"anywhere/0/{checkpoint}"
+        assert rules.rule(record) == f"{name}, balanced, refit{more}"
 
 
 def test_what_a_run_itself_records_of_its_scores_comes_first(scored):
