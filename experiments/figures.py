@@ -272,7 +272,7 @@ def groups_figure(records: list[dict], target: Path, paper: list[dict]) -> None:
 
 def attacks_figure(records: list[dict], target: Path, models: dict[str, str]) -> None:
     """Accuracy under attacks against the size of their steps: a row per kind of network, a column per attack."""
-    figure, axes = plt.subplots(len(models), len(ATTACKS), figsize=(7, 0.9 + 1.9 * len(models)), squeeze=False)
+    figure, axes = plt.subplots(len(models), len(ATTACKS), figsize=(7, 0.9 + 2 * len(models)), squeeze=False)
     for line, (model, title) in zip(axes, models.items(), strict=True):
         found, grid = attacked(records, model)
         for axis, (kind, name) in zip(line, ATTACKS.items(), strict=True):
@@ -281,7 +281,7 @@ def attacks_figure(records: list[dict], target: Path, models: dict[str, str]) ->
                 mean, std = ([f(value) for value in values] for f in (np.mean, deviation))
                 axis.plot(grid, mean, "o-", color=colour(rule), label=short(rule))
                 axis.fill_between(grid, np.subtract(mean, std), np.add(mean, std), color=colour(rule), alpha=0.2, lw=0)
-            axis.set(title=f"{title}, {name} ({said(found.values())})", xlabel="eps, the size of each of 5 steps")
+            axis.set(title=f"{title} ({said(found.values())})\n{name}", xlabel="eps, the size of each of 5 steps")
         line[0].set(ylabel="test accuracy (%)")
     legend(figure, axes)
     figure.suptitle("Under attack (± s.d.)")
