@@ -20,12 +20,14 @@ from scipy.stats import t
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import collect
-from common import cli, files
+from common import artifacts, cli, files
 from report import (
+    ATTACKS,
     BEFORE,
     COMPARED,
     MOMENTS,
     accuracies,
+    attacked,
     baselines,
     by_groups,
     by_point,
@@ -52,6 +54,21 @@ COLOURS = {
 IMPLIED = ("single units", "gaussian", "positions")  # what a short name leaves out
 ENDS = {"test_before_retraining": "before retraining", "test": "after retraining"}
 BEST = "CMI, gaussian given kept, correlated groups, balanced, refit"
+ATTACKED = {"mlp": "MLP, 96.2 % of fc2 pruned", "resnet56": "ResNet56, 70 % pruned"}
+FIRST = {  # committed checkpoints, dense and pruned; their first layer and the one that reads it
+    "mlp": (
+        "robustness/baseline/0/logits_best.pkl",
+        "robustness/correlated_even/0/0/logits_99.60.pkl",
+        "fc1.weight",
+        "fc2.weight",
+    ),
+    "resnet56": (
+        "cifar10_jpeg/resnet56/baseline/0/0/logits_best.pkl",
+        "cifar10_before/positions/0_0/0/logits_70.00.pkl",
+        "conv1.weight",
+        "layer1.0.conv1.weight",
+    ),
+}
 TARGET = files.RESULTS / "figures"
 
 
@@ -253,6 +270,64 @@ def groups_figure(records: list[dict], target: Path, paper: list[dict]) -> None:
     save(figure, target)
 
 
+def attacks_figure(records: list[dict], target: Path, models: dict[str, str]) -> None:
+    """Accuracy under attacks against the size of their steps: a row per kind of network, a column per attack."""
+    figure, axes = plt.subplots(len(models), len(ATTACKS), figsize=(7, 0.9 + 2 * len(models)), squeeze=False)
+    for line, (model, title) in zip(axes, models.items(), strict=True):
+        found, grid = attacked(records, model)
+        for axis, (kind, name) in zip(line, ATTACKS.items(), strict=True):
+            for rule, runs in found.items():
+                values = [accuracies(runs, f"{kind}_{eps:g}") for eps in grid]
+                mean, std = ([f(value) for value in values] for f in (np.mean, deviation))
+                axis.plot(grid, mean, "o-", color=colour(rule), label=short(rule))
+                axis.fill_between(grid, np.subtract(mean, std), np.add(mean, std), color=colour(rule), alpha=0.2, lw=0)
+            axis.set(title=f"{title} ({said(found.values())})\n{name}", xlabel="eps, the size of each of 5 steps")
+        line[0].set(ylabel="test accuracy (%)")
+    legend(figure, axes)
+    figure.suptitle("Under attack (± s.d.)")
+    save(figure, target)
+
+
+def filters_figure(target: Path, shown: int = 40, columns: int = 20) -> None:
+    """First layers of committed networks: the MLP's units that fc2 reads or not, ResNet56's by how many read them."""
+    figure, axes = plt.subplots(3, figsize=(7, 3), height_ratios=(2, 2, 1.3))
+    weights, readers = first_layer(*FIRST["mlp"])
+    norms = np.linalg.norm(weights, axis=1)
+    for axis, which, word in ((axes[0], readers > 0, "still read"), (axes[1], readers == 0, "no longer read")):
+        order = np.flatnonzero(which)[np.argsort(-norms[which])]
+        tiles = weights[order[np.linspace(0, len(order) - 1, shown).round().astype(int)]]
+        mosaic = beside(tiles.reshape(-1, columns, 28, 28), 2, np.nan)
+        axis.imshow(mosaic, cmap="RdBu", vmin=-0.15, vmax=0.15, interpolation="nearest")
+        norm = f"norm {norms[which].mean():.2f} ± {norms[which].std(ddof=1):.2f}, the largest first"
+        axis.set(title=f"{len(order)} units are {word} when 99.6 % of fc2 is pruned, {shown} of them here; {norm}")
+    weights, readers = first_layer(*FIRST["resnet56"])
+    order = np.argsort(-readers, kind="stable")
+    mosaic = beside((0.5 + weights[order].transpose(0, 2, 3, 1)[None] / 1.2).clip(0, 1), 1, 1.0)
+    axes[2].imshow(mosaic, interpolation="nearest")
+    for k, channel in enumerate(order):
+        axes[2].text(4 * k + 1, 3, f"{readers[channel]}", ha="center", va="top")
+    axes[2].set(title="ResNet56's conv1, 70 % pruned: how many of the next convolution's 16 channels read each filter")
+    for axis in axes:
+        axis.axis("off")
+    save(figure, target)
+
+
+def first_layer(dense: str, pruned: str, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:
+    """The weights of a dense network's first layer, and how many units of the second read each of its units."""
+    before, after = (artifacts.load_checkpoint(files.under_results(path)) for path in (dense, pruned))
+    mask = after["masks"][second]
+    readers = mask.reshape(*mask.shape[:2], -1).any(2).sum(0)
+    return before["state_dict"][first].numpy(), readers.numpy()
+
+
+def beside(tiles: np.ndarray, gap: int, between: float) -> np.ndarray:
+    """Pictures (rows, columns, height, width, ...) as one, with gaps."""
+    around = [(0, 0), (0, 0), (0, gap), (0, gap), *[(0, 0)] * (tiles.ndim - 4)]
+    padded = np.pad(tiles, around, constant_values=between).swapaxes(1, 2)
+    rows, height, columns, width, *colours = padded.shape
+    return padded.reshape(rows * height, columns * width, *colours)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="a folder of runs; none: everything that is committed")
@@ -273,6 +348,8 @@ def main() -> None:
     before = {moment: label.removesuffix(" (%)") for moment, label in BEFORE.items()}
     accuracy_figure(runs["cifar10_before"], TARGET / "cifar10_before", "ResNet56, not retrained", before)
     layers_figure(runs["cifar10_before"], TARGET / "cifar10_layers", 70.0, "ResNet56, 70 % of the masked layers pruned")
+    attacks_figure(runs["robustness"], TARGET / "robustness", ATTACKED)
+    filters_figure(TARGET / "filters")
 
 
 if __name__ == "__main__":

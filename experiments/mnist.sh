@@ -67,6 +67,18 @@ fc2_runs() {
     prune mnist_mlp/kept_even @kept --Prune_per "$most" --Even --Refit
 }
 
+# fc2 again, the best rule and its controls: the networks that experiments/robustness.sh attacks. Some are committed.
+robustness_scores() {
+    score correlated --key_id 0 --estimator gaussian --given kept --grouping correlation
+}
+robustness_runs() {
+    for share in $shares; do
+        prune robustness/correlated_even @correlated --Prune_per "$share" --Even --Refit
+        prune robustness/magnitude_even --Criterion magnitude --Prune_per "$share" --Even --Refit
+        prune robustness/random_even --Criterion random --Prune_per "$share" --Even --Refit
+    done
+}
+
 # fc2 again; 3,000 images that are held out of all training choose the epochs, how many there are and how weights decay.
 validated_scores() {
     score cmi --key_id 0
@@ -195,7 +207,7 @@ groups_runs() {
     done
 }
 
-legal="fc2 validated short network weights weights_validated weights_long weights_rounds groups"
+legal="fc2 robustness validated short network weights weights_validated weights_long weights_rounds groups"
 experiments=${*:-$legal}
 for name in $experiments; do
     case " $legal " in
@@ -209,6 +221,7 @@ done
 for name in $experiments; do
     (
         case $name in # these have networks of their own, so that they can be run on another machine than the rest
+        robustness) base=robustness/baseline ;;
         validated | weights_validated) base=mnist_validated/baseline select=val ;;
         weights | weights_long | weights_rounds | groups) base=mnist_groups/baseline ;;
         esac

@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import collect
-from common import cli, files
+from common import cli, files, records
 from method import picture
 from report import accuracies, baselines, by_point, fill, markdown, mean_std, of_stage, pruned_percent
 from rules import DENSE, rule
@@ -58,6 +58,18 @@ COMMANDS = {  # that make the records
     "cifar10_before": "experiments/rules.sh resnet56 (in rounds: rounds.sh)",
     "imagenet_retrained": "EPOCHS={} experiments/rules.sh resnet50",
     "imagenet_before": "experiments/rules.sh resnet50",
+}
+OWN = "MIT ([LICENSE](../LICENSE))"
+BEGUN = "BSD 2-clause ([LICENSE](cifar10_jpeg/resnet56/LICENSE)): begun with akamaster's pytorch_resnet_cifar10"
+TRAINED = "`train_stage1.py`, [flags](#resnet56-before-any-retraining)"
+COMMITTED = {  # networks below results/ that come with a clone: what makes them, and their licence
+    "robustness/baseline/0/logits_best.pkl": ("`experiments/mnist.sh robustness`", OWN),
+    "robustness/correlated_even/0/0/logits_96.20.pkl": ("`experiments/mnist.sh robustness`", OWN),
+    "robustness/correlated_even/0/0/logits_99.60.pkl": ("`experiments/mnist.sh robustness`", OWN),
+    "cifar10_jpeg/resnet56/baseline/0/0/logits_best.pkl": (TRAINED, BEGUN),
+    "cifar10_jpeg/resnet56/baseline/1/0/logits_best.pkl": (TRAINED, BEGUN),
+    "cifar10_jpeg/resnet56/baseline/2/0/logits_best.pkl": (TRAINED, BEGUN),
+    "cifar10_before/positions/0_0/0/logits_70.00.pkl": ("`experiments/rules.sh resnet56`", BEGUN),
 }
 BY_MACHINE = {"cores": "all that there are", "Workers": "as many as cores, at most 8"}  # defaults of flags
 OF = {"masked_layers": "masked layers", "network": "all"}
@@ -178,6 +190,18 @@ def by_recipe(experiment: str) -> list[tuple]:
     ]
 
 
+def committed_table() -> str:
+    """The networks that come with a clone: what they are, what made them, their licence."""
+    rows = []
+    for path, (command, licence) in COMMITTED.items():
+        record = records.read(records.record_path(files.RESULTS / path))
+        model, share = record["arguments"]["Model"], record.get("requested_percent", 0)
+        row = {"file": f"[{path}]({path})", "network": model, "rule": rule(record) if share else "dense"}
+        row |= {"masked layers, pruned (%)": f"{share:.4g}", "test accuracy (%)": f"{record['test']['accuracy']:.2f}"}
+        rows.append({**row, "made by": command, "licence": licence})
+    return markdown(rows)
+
+
 def flags_table(group: str) -> str:
     """One group of the flags of common/cli.py: every flag, the stages that have it, what it takes and means."""
     rows = []
@@ -208,7 +232,8 @@ def contents() -> list[tuple[Path, str, str]]:
     paper = json.loads((files.RESULTS / "paper.json").read_text(encoding="utf-8"))
     usage = [(files.ROOT / "docs" / "usage.md", f"flags {group}", flags_table(group)) for group in cli.HELP]
     found = [(files.ROOT / "README.md", "networks", networks_table(paper))]
-    return [*found, (files.RESULTS / "README.md", "history", history()), *usage]
+    page = files.RESULTS / "README.md"
+    return [*found, (page, "history", history()), (page, "committed", committed_table()), *usage]
 
 
 def main() -> None:

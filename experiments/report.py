@@ -19,6 +19,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import collect
 from common import cli, files
 from common.errors import InputError
+from robustness import ATTACKS
 from rules import DENSE, ROUNDS, estimate, rule, scores_of, unchanged
 
 MOMENTS = {
@@ -146,10 +147,10 @@ def differences(records: list[dict], name: str, moments: dict = MOMENTS) -> str:
     return markdown(rows)
 
 
-def paired(ours: list[dict], theirs: list[dict]) -> list[tuple[dict, dict]]:
+def paired(ours: list[dict], theirs: list[dict], by: str = "seed") -> list[tuple[dict, dict]]:
     """Runs of two rules by seed: they prune the same dense network."""
-    first, second = ({r["seed"]: r for r in records} for records in (ours, theirs))
-    return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
+    first, second = ({r[by]: r for r in records} for records in (ours, theirs))
+    return [(first[key], second[key]) for key in sorted(first.keys() & second.keys())]
 
 
 def difference(pairs: list[tuple[dict, dict]], moment: str) -> str:
@@ -300,6 +301,34 @@ def latency_table(records: list[dict]) -> str:
     return markdown(rows)
 
 
+def attacked(records: list[dict], model: str) -> tuple[dict[str, list[dict]], list[float]]:
+    """Records of robustness.py on one kind of network by rule, the dense ones first, and the eps that all have."""
+    found = defaultdict(list)
+    for record in of_stage(records, "attack"):
+        if record["arguments"]["Model"] == model:
+            found[record["rule"]].append(record)
+    grids = [{0.0, *record["arguments"]["eps"]} for runs in found.values() for record in runs]
+    by_rule = dict(sorted(found.items(), key=lambda item: (item[0] != "dense", item[0])))
+    return by_rule, sorted(set.intersection(*grids)) if grids else []
+
+
+def attacks_table(records: list[dict], model: str) -> str:
+    """Accuracy under attacks by rule and eps; below, by how much CMI is ahead of the others, paired by network."""
+    found, grid = attacked(records, model)
+    ours = next((name for name in found if name.startswith("CMI")), None)
+    some = [grid[k] for k in (0, len(grid) // 2, -1)] if grid else []
+    rows, differences = [], []
+    for kind, attack in ATTACKS.items():
+        for name, runs in found.items():
+            cells = {f"eps {eps:g}": mean_std(accuracies(runs, f"{kind}_{eps:g}")) for eps in grid}
+            rows.append({"accuracy (%)": name, "attack": attack, **cells, "n": len(runs)})
+            if ours and name != ours:
+                pairs = paired(found[ours], runs, by="dense")
+                cells = {f"eps {eps:g}": difference(pairs, f"{kind}_{eps:g}") for eps in some}
+                differences.append({f"{ours}, ahead of": name, "attack": attack, **cells, "n": len(pairs)})
+    return markdown(rows) + "\n" * bool(differences) + markdown(differences)
+
+
 def fill(page: Path, name: str, content: str) -> None:
     """Replace what stands between the markers <!-- name --> and <!-- end name --> of a page."""
     marked = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.DOTALL)
@@ -310,7 +339,7 @@ def pages(paper: dict) -> None:
     """All that stands between the markers <!-- KIND EXPERIMENT --> of pages, after "differences" EXPERIMENT: RULE."""
     kinds = {"table": table, "groups": groups_table, "overview": overview, "differences": differences}
     kinds |= {"scoring": scoring_table, "validated": validated_table}
-    kinds |= {"exports": exports_table, "latency": latency_table}
+    kinds |= {"exports": exports_table, "latency": latency_table, "attacks": attacks_table}
     kinds |= {f"{kind}-before": partial(kinds[kind], moments=BEFORE) for kind in ("overview", "differences")}
     for page in (files.ROOT / "README.md", files.RESULTS / "README.md"):
         marks = re.findall(rf"<!-- (({'|'.join(kinds)}) ([^:\s]+)(?:: (.+))?) -->", page.read_text(encoding="utf-8"))

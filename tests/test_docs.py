@@ -1,5 +1,6 @@
 """The pages: links lead somewhere, code blocks run, tables are what records and declarations say."""
 
+import json
 import os
 import re
 import shlex
@@ -9,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, model_of
 
 import claims
 import readme
-from common import cli, files, records
+from common import artifacts, cli, files, records
 
 PAGES = [
     ROOT / "README.md",
@@ -121,6 +122,16 @@ def test_tables_of_the_pages_are_what_is_recorded_and_declared():
     for page, name, content in readme.contents():
         text = page.read_text(encoding="utf-8")
         assert f"<!-- {name} -->\n{content}<!-- end {name} -->" in text, name
+
+
+@pytest.mark.parametrize("path", readme.COMMITTED)
+def test_committed_networks_are_those_of_their_records(path):
+    """Loading compares the checksum; what the mask removes is 0."""
+    model = json.loads((files.RESULTS / path).with_suffix(".json").read_text())["arguments"]["Model"]
+    network = model_of(model).build(10)
+    checkpoint = artifacts.load_weights(network, files.RESULTS / path)
+    for key, mask in checkpoint.get("masks", {}).items():
+        assert (network.get_parameter(key)[~mask] == 0).all()
 
 
 PAPER = {"pruned_of": "masked_layers", "points": [{"accuracy": 98.0}, {"accuracy": 97.0, "pruned_percent": 90}]}

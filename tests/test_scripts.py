@@ -17,6 +17,7 @@ from conftest import ENVIRONMENT, ROOT, editable, record
 
 from common import artifacts, records
 from common.cmi import ESTIMATORS
+from rules import rule
 
 STAGE1, STAGE2, STAGE3, STAGE4 = "train_stage1.py", "pruning_1b.py", "retrain_stage3.py", "export_stage4.py"
 TRAIN = "--Dataset DIGITS --Val_size 200 --Epoch 3 --Batch_size 64".split()
@@ -568,3 +569,34 @@ def test_help_is_in_groups_and_says_every_default_once(call):
         assert said.index("everyday:") < said.index(second)
         assert said.count("(default: ") >= 8
         assert not re.search(r"\(default: [^)]*\)\s+\(default", said)
+
+
+def best(network, tmp_path, **settings):
+    """Run experiments/best.sh; the record of the pruned network."""
+    own = {"PYTHON": sys.executable, "FOLDER": str(tmp_path), **settings}
+    shell = ["sh", str(conftest.ROOT / "experiments" / "best.sh"), network]
+    done = subprocess.run(shell, env={**conftest.ENVIRONMENT, **own}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tmp_path / "pruned" / "0").glob("*.pkl")
+    return conftest.record(path)
+
+
+@pytest.mark.slow
+def test_the_reference_way_to_the_best_result(tmp_path):
+    """On digits and for an epoch: the rule and the share are those of the table that it quotes."""
+    groups, short = " ".join(GROUPS), {"TRAIN_FLAGS": "--Dataset DIGITS --Epoch 1", "RETRAIN_EPOCHS": "1"}
+    short["SCORE_FLAGS"] = f"--dataset DIGITS --samples_per_class 40 {groups}"
+    short["PRUNE_FLAGS"] = f"--Dataset DIGITS --Samples_per_class 40 {groups}"
+    found = best("mlp", tmp_path, **short)
+    assert rule(found) == "CMI, gaussian given kept, correlated groups, balanced, refit"
+    assert found["pruned_percent_masked_layers"] == pytest.approx(96.2, abs=0.07)
+
+
+@pytest.mark.slow
+def test_the_reference_way_of_a_convolutional_network(tmp_path, photographs):
+    """With a dense network of its own, on two classes of a few images."""
+    few = {"DATA_DIR": str(photographs), "DENSE": "", "PRUNE_FLAGS": "--Dims 2 --Samples_per_class 10"}
+    few |= {"TRAIN_FLAGS": "--Dims 2 --Batch_size 16 --Epoch 1", "SCORE_FLAGS": "--dims 2 --samples_per_class 20"}
+    found = best("resnet56", tmp_path, **few)
+    assert rule(found) == "CMI, gaussian given kept, positions, single units, refit"
+    assert found["pruned_percent_masked_layers"] == pytest.approx(50, abs=0.1)
