@@ -133,10 +133,12 @@ def differences(records: list[dict], name: str, moments: dict = MOMENTS) -> str:
     """By how much one rule is ahead of each control at each pruned share, as a Markdown table.
 
     It is compared with what it is made of too: CMI alone, the same ranking neither balanced nor refitted, all at once
-    instead of in rounds. Runs are paired by seed, n pairs: they prune the same dense network.
+    instead of in rounds, and with the paper's scores treated alike. Runs are paired by seed, n pairs: they prune the
+    same dense network.
     """
     at_once = name.removesuffix(f", {ROUNDS}")
-    parts = {name.replace("CMI x magnitude", "CMI"), unchanged(name), at_once} - {name}
+    published = ", ".join(part for part in name.split(", ") if "given" not in part and part != "positions")
+    parts = {name.replace("CMI x magnitude", "CMI"), unchanged(name), at_once, published} - {name}
     points, rows = by_point(records), []
     for share, ours in ((share, runs) for (share, rule_), runs in points.items() if rule_ == name):
         for (at, control), theirs in points.items():
