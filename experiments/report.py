@@ -137,8 +137,9 @@ def differences(records: list[dict], name: str, moments: dict = MOMENTS) -> str:
     same dense network.
     """
     at_once = name.removesuffix(f", {ROUNDS}")
-    published = ", ".join(part for part in name.split(", ") if "given" not in part and part != "positions")
-    parts = {name.replace("CMI x magnitude", "CMI"), unchanged(name), at_once, published} - {name}
+    parts = {name.replace("CMI x magnitude", "CMI"), unchanged(name), at_once} - {name}
+    if name.startswith("CMI, gaussian"):
+        parts.add(", ".join(part for part in name.split(", ") if "given" not in part and part != "positions"))
     points, rows = by_point(records), []
     for share, ours in ((share, runs) for (share, rule_), runs in points.items() if rule_ == name):
         for (at, control), theirs in points.items():

@@ -196,6 +196,14 @@ def test_a_combination_is_compared_with_cmi_alone_and_controls_only():
     assert [line.split(" | ")[0] for line in lines] == ["| CMI, gaussian given kept", "| magnitude"]
 
 
+def test_scores_given_what_is_kept_are_compared_with_the_papers():
+    records = [run("cmi", 90, 97.0, seed=0), run("random", 90, 97.0, seed=0)]
+    scores = {"estimator": "gaussian", "given": "kept", "sampling": "positions"}
+    records.append({**run("cmi", 90, 97.0, seed=0), "scores": scores})
+    lines = report.differences(records, "CMI, gaussian given kept, positions").splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| CMI", "| random"]
+
+
 def test_a_balanced_and_refitted_rule_is_compared_with_the_plain_one():
     records = [run(criterion, 90, 97.0, seed=0) for criterion in ("cmi", "random") for _ in range(2)]
     for record in records[1::2]:
