@@ -22,6 +22,10 @@ from common.cmi import kde, layer_cmi
 
 SCORE = "pruning_1b.py --dataset DIGITS --samples_per_class 110 --key_id 0 --weights_dir".split()
 LOST = "another process ended early"
+VANISH = """        if epoch == 3 and "VANISHES" in os.environ:
+            os.kill(os.getppid(), 9)
+            os.kill(os.getpid(), 9)
+"""  # a process of torchrun, and the agent that started it
 INTERRUPTED = """
 import os, runpy, signal, sys
 sys.path[:0] = [os.getcwd(), os.path.dirname(os.getcwd())]
@@ -226,11 +230,9 @@ def test_a_host_that_vanishes_stops_training_and_both_go_on_to_what_one_process_
     """For a network without randomness and batch norm of its own, up to rounding."""
     net = editable(tmp_path / "repository", "mlp")
     (net / "model.py").write_text((net / "model.py").read_text().replace("Dropout(0.2)", "Dropout(0.0)"))
-    before, loop, rest = (
-        (net / "train_stage1.py").read_text().partition(", schedule):  # from where a killed run was\n")
-    )
-    vanish = "        if epoch == 3 and 'VANISHES' in os.environ:\n            os.kill(os.getppid(), 9), os.kill(os.getpid(), 9)\n"
-    (net / "train_stage1.py").write_text(before.replace("import sys", "import os\nimport sys") + loop + vanish + rest)
+    script = net / "train_stage1.py"
+    before, loop, rest = script.read_text().partition(", schedule):  # from where a killed run was\n")
+    script.write_text(before.replace("import sys", "import os\nimport sys") + loop + VANISH + rest)
     train = "train_stage1.py --Dataset DIGITS --Val_size 200 --Epoch 8 --Batch_size 64 --Milestones 6 --Lr 0.02".split()
     shell(net, *train, "--Save_dir", tmp_path / "one")
     hosts = agents(net, *train, "--Save_dir", tmp_path / "two", VANISHES="1")
