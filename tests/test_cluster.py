@@ -146,7 +146,7 @@ def test_workers_give_the_local_bits_while_they_are_killed(workers, rng, monkeyp
 @pytest.mark.slow
 def test_when_all_workers_are_gone_one_line_says_so_and_new_ones_go_on(data, monkeypatch, capsys):
     monkeypatch.setattr(kde, "TASK_OPERATIONS", 7 * 2 * 400 * 11 * 33)
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as workers:
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as workers:
         with Client(workers.scheduler_address) as client:
             client.wait_for_workers(1)
         run = cluster.connect(workers.scheduler_address)
