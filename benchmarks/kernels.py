@@ -13,6 +13,7 @@ Writes results/benchmarks/kernels_<network>.json.
 
 import argparse
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from common.data import load, sample_per_class
 from common.masks import contiguous_blocks, select_blocks
 from output import FOLDER, save
 
-DENSE = {"mlp": ["mlp/baseline/0"], "resnet56": [f"cifar10_jpeg/resnet56/baseline/{k}/0" for k in range(3)]}
+DENSE = {"mlp": ["robustness/baseline/0"], "resnet56": [f"cifar10_jpeg/resnet56/baseline/{k}/0" for k in range(3)]}
 IMAGES = {"mlp": 100, "resnet56": 200}  # of a class
 TIMES = (1, 100)  # the signal-to-noise ratio
 SHARES = (0.5, 0.7, 0.9)
@@ -57,7 +58,7 @@ def residuals(parents: np.ndarray, child: np.ndarray, groups: np.ndarray, order:
     basis = np.linalg.qr(np.vstack([parents[:, np.concatenate(units)], ridge]))[0][: len(child)]
     parts = basis * (basis.T @ child)
     ends = np.cumsum([len(own) for own in units])
-    explained = [parts[:, begin:end].sum(1) for begin, end in zip([0, *ends], ends, strict=False)]
+    explained = [parts[:, begin:end].sum(1) for begin, end in pairwise([0, *ends])]
     return (child - np.cumsum([np.zeros_like(child), *explained], axis=0))[::-1]
 
 

@@ -55,7 +55,7 @@ COMMANDS = {  # that make the records
     "cifar10_vgg16_before": "experiments/rules.sh vgg16",
     "cifar10_resnet56": "experiments/cifar10.sh resnet56",
     "cifar10_retrained": "EPOCHS={} experiments/rules.sh resnet56",
-    "cifar10_before": "experiments/rules.sh resnet56 (in rounds: rounds.sh)",
+    "cifar10_before": "experiments/rules.sh resnet56",
     "imagenet_retrained": "EPOCHS={} experiments/rules.sh resnet50",
     "imagenet_before": "experiments/rules.sh resnet50",
 }
