@@ -149,7 +149,7 @@ def wrap(network: nn.Module, *, compile: bool | None = None, **options) -> nn.Mo
     `compile` sends it through torch.compile, with options; None: a single GPU replays CUDA graphs; False: as it is.
     """
     if size() > 1:
-        network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)  # once an epoch will do
+        network = nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False)  # once an epoch will do
     elif compile is None and next(network.parameters()).is_cuda:
         return Graphed(network)
     return torch.compile(network, dynamic=False, **options) if compile else network
