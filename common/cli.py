@@ -253,11 +253,16 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
     return args
 
 
+NEEDED = ("NAME", "PAIRS", "TRAINING", "SCORING", "GROUPS", "MAX_SPARSITY", "RETRAINING", "build")  # of model.py
 _stage = "1"  # of the script that runs: whose flags errors speak of
 
 
 def _defaults(model: ModuleType, stage: int) -> dict:
     """The values of model.py, by flag."""
+    if missing := [name for name in NEEDED if not hasattr(model, name)]:
+        raise InputError(f"model.py lacks {', '.join(missing)}; docs/own_network.md has all that it holds")
+    if missing := [child for _, child in model.PAIRS if child not in model.GROUPS]:
+        raise InputError(f"model.py: GROUPS lacks {', '.join(missing)}, of PAIRS")
     for table in ("TRAINING", "RETRAINING", "SCORING"):
         _check_values(f"model.py: {table}", getattr(model, table))
     base = f"{model.NAME}/baseline"

@@ -58,9 +58,11 @@ def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileS
 
 
 @torch.no_grad()
-def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit) -> nn.Module:
-    """Set the running statistics of batch norm to the means over the split's batches; returns the network."""
+def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit | None) -> nn.Module:
+    """Set the running statistics of batch norm, if any, to the means over the split's batches; returns the network."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    if not norms:  # then no images are needed, and `split` may be None
+        return network.eval()
     network.eval()
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

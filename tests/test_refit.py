@@ -153,6 +153,13 @@ def test_a_last_batch_of_one_image_is_left_out():
     torch.testing.assert_close(net[2].running_mean, values.mean(0), rtol=1e-4, atol=1e-5)
 
 
+def test_without_batch_norm_there_is_nothing_to_recalibrate():
+    """Scripts of a network that has it then serve one that has none, for which no images are drawn."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Dropout())
+    assert refit.recalibrate_batch_norm(net, None) is net
+    assert not net.training
+
+
 def test_sensitivity_is_what_reaches_the_outputs(split):
     """Of a linear network, exactly: variance of the unit times squared weights to the outputs, over their variance."""
     torch.manual_seed(0)

@@ -496,6 +496,8 @@ def test_a_further_figure_in_the_rows(base, tmp_path, call_in):
         ('"Lr": 0.1', '"Lr": -1', "model.py: TRAINING, Lr: -1 is not a number above 0"),
         ('"Epoch": 30', '"Epoch": "many"', "model.py: TRAINING, Epoch: 'many' is not a whole number"),
         ('"Even": True', '"Evn": True', "model.py: RETRAINING holds Evn"),
+        ("GROUPS = {", "Groups = {", "model.py lacks GROUPS; docs/own_network.md has all that it holds"),
+        ('("fc1.weight", "fc2.weight")', '("fc1", "fc2")', "model.py: GROUPS lacks fc2, of PAIRS"),
     ],
 )
 def test_senseless_values_in_model_py_are_one_line(tmp_path, call_in, old, new, message):
