@@ -117,6 +117,13 @@ def test_scores_of_the_example_stand_out(capsys):
     assert (names["scores"].argmax(1) == 0).all()
 
 
+def test_a_difference_is_recomputed_as_the_page_says(monkeypatch, capsys):
+    (block,) = (code for language, code in BLOCK.findall(PAGES[2].read_text(encoding="utf-8")) if language == "python")
+    monkeypatch.chdir(ROOT)
+    exec(block, {})
+    assert capsys.readouterr().out.strip() == block.strip().rpartition("  # ")[2] == "1.82 ± 0.17, p = 0.009"
+
+
 def test_tables_of_the_pages_are_what_is_recorded_and_declared():
     """No number of the README's results, of the history and of the lists of flags is typed by hand."""
     for page, name, content in readme.contents():
