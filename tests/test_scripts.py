@@ -482,7 +482,7 @@ def test_a_further_figure_in_the_rows(base, tmp_path, call_in):
     script = folder / STAGE3
     old = "run.log(metrics, evaluate(network, images.selection))"
     assert old in script.read_text()
-    script.write_text(script.read_text().replace(old, old[:-1] + ', **mask.pruned_by_layer())'))
+    script.write_text(script.read_text().replace(old, old[:-1] + ", **mask.pruned_by_layer())"))
     printed = call_in(folder, *prune(base, tmp_path / "out", "--Prune_per", "0.9"))
     assert "val_accuracy  fc2.weight  seconds" in printed
     assert [line["fc2.weight"] for line in record(tmp_path / "out" / "0" / "logits_90.00.pkl")["epochs"]] == [90.0] * 3
