@@ -4,7 +4,7 @@
 #   mlp       98.47 ± 0.08 % with 96.2 % of fc2 pruned (n = 5); some four minutes of one core
 #   resnet56  88.53 % with 50 % of the masked layers pruned and nothing retrained, from the committed dense network of
 #             90.03 % for JPEG-coded CIFAR-10; some six minutes of one core
-#   vgg16, resnet50    not measured: the rule of resnet56, as in rules.sh
+#   vgg16, resnet50    the rule of resnet56; measured on other dense networks than stage 1 makes here, by rules.sh
 # Finished stages are skipped and killed ones go on. DENSE: a folder below results/ with a dense network, none to train
 # one; SHARE: what is pruned; RETRAIN_EPOCHS; TRAIN_FLAGS, SCORE_FLAGS, PRUNE_FLAGS: further flags of the stages.
 set -eu

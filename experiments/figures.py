@@ -191,15 +191,20 @@ def forest(records: list[dict], target: Path, ours: str, title: str, moments: di
 
 def layers_figure(records: list[dict], target: Path, share: float, title: str) -> None:
     """What every rule keeps of every layer of a deep network at one pruned share: means over runs."""
-    points = {rule: runs for (at, rule), runs in by_point(records).items() if at == share}
+    points = {rule: runs for (at, rule), runs in by_point(records).items() if abs(at - share) < 0.005}
     layers = list(next(iter(points.values()))[0]["pruned_percent_by_layer"])
+    stages = [layer.split(".")[0] for layer in layers]
     figure, axis = plt.subplots(figsize=(7, 2.8))
     for rule, runs in points.items():
         left = np.mean([kept_by_layer(record) for record in runs], 0)
         axis.plot(range(len(layers)), left, drawstyle="steps-mid", color=colour(rule), label=short(rule))
-    for k in (k for k in range(1, len(layers)) if layers[k].split(".")[0] != layers[k - 1].split(".")[0]):
-        axis.axvline(k - 0.5, color="black", lw=0.5, ls=":")
-    axis.set(xlabel="masked layers, first to last; dotted: stages", ylabel="kept weights (%)", ylim=(0, None))
+    if len(set(stages)) == len(layers):  # a network without stages
+        axis.set_xticks(range(len(layers)), stages)
+    else:
+        for k in (k for k in range(1, len(layers)) if stages[k] != stages[k - 1]):
+            axis.axvline(k - 0.5, color="black", lw=0.5, ls=":")
+        axis.set(xlabel="masked layers, first to last; dotted: stages")
+    axis.set(ylabel="kept weights (%)", ylim=(0, None))
     axis.set(title=f"{title} ({said(points.values())})")
     figure.legend(loc="outside lower center", ncols=5)
     save(figure, target)
@@ -348,6 +353,7 @@ def main() -> None:
     before = {moment: label.removesuffix(" (%)") for moment, label in BEFORE.items()}
     accuracy_figure(runs["cifar10_before"], TARGET / "cifar10_before", "ResNet56, not retrained", before)
     layers_figure(runs["cifar10_before"], TARGET / "cifar10_layers", 70.0, "ResNet56, 70 % of the masked layers pruned")
+    layers_figure(runs["cifar10_vgg16_before"], TARGET / "vgg16_layers", 84.96, "VGG16, 83.46 % of all weights pruned")
     attacks_figure(runs["robustness"], TARGET / "robustness", ATTACKED)
     filters_figure(TARGET / "filters")
 
