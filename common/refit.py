@@ -40,7 +40,6 @@ def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileS
     and Alistarh, NeurIPS 2022.
     """
     keys = run_order(dense, list(mask), split)
-    norms = any(isinstance(module, _BatchNorm) for module in network.modules())
     found = []  # squared error of the outputs and state after every sweep
     for source in (dense, *[network] * min(sweeps, len(keys) - 1)):
         error, moments = _moments(source.eval(), dense, keys, split)
@@ -50,8 +49,7 @@ def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileS
                 break
         for key in keys:
             _solve(network.get_submodule(key.removesuffix(".weight")), mask[key], *moments.pop(key))
-        if norms:
-            recalibrate_batch_norm(network, split)
+        recalibrate_batch_norm(network, split)
     else:
         found.append((_moments(network.eval(), dense, [], split)[0], network.state_dict()))
     network.load_state_dict(min(found, key=lambda sweep: sweep[0])[1])
