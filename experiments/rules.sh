@@ -24,7 +24,7 @@ esac
 if [ "$epochs" = 0 ]; then
     folder=${folder}_before rules="positions magnitude taylor random means paper" recipe=
 else # beside the dense network, retrained alike
-    folder=${folder}_retrained rules="dense positions magnitude random paper"
+    folder=${folder}_retrained/$epochs rules="dense positions magnitude random paper"
     recipe="--Schedule one-cycle --Warm_up 0.1 --Lr 0.05 --Weight_decay 5e-4"
     [ "$network" = resnet50 ] || shares="0.5241 0.75 0.83" tight= of=--Prune_of_network
     [ "$network" = vgg16 ] && shares="0.8346 0.95"
@@ -45,14 +45,14 @@ for sampling in ${SAMPLINGS:-0}; do # more than one are no more networks, though
             case $rule in
             positions | means | paper)
                 $python pruning_1b.py --data_dir "$data" --weights_dir "$from" --name_postfix "${rule}_$sampling" \
-                    --key_id all --seed "$seed" $(scores "$rule")
+                    --key_id all --seed "$seed" $(scores "$rule") ${SCORE_FLAGS:-}
                 by="--Refit --Retrain_mask $from/I_parent_${rule}_$sampling.npy" ;;
             dense) by="--Criterion magnitude" ;;
             *) by="--Refit --Criterion $rule" ;;
             esac
             for share in $([ "$rule" = dense ] && echo 0 || echo "${SHARES:-$shares}"); do
                 case " $tight " in *" $share "*) limit= ;; *) limit="--upper_prune_limit 0.97" ;; esac
-                $python retrain_stage3.py --Epoch "$epochs" $recipe --Select last --Data_dir "$data" \
+                $python retrain_stage3.py --Epoch "$epochs" $recipe --Select last --Data_dir "$data" ${TRAIN_FLAGS:-} \
                     --Retrain "$from/logits_best.pkl" $by --Samples_per_class $calibration --Prune_per "$share" $of \
                     $limit --Seed "$seed" --Save_dir "$folder/$rule/${number}_$sampling"
             done
