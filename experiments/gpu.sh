@@ -1,14 +1,14 @@
 #!/bin/sh
-# What wants a GPU, what matters most first: a look whether training runs, Experiment 1 on CIFAR-10 for both networks
-# side by side, training speed. Takes the settings of cifar10.sh from the environment (EPOCHS, SEEDS, SHARES, DATA_DIR,
-# JOBS of each network, ...). What fails stops nothing else and is named at the end. Finished runs are skipped, killed
-# ones go on. LIMIT=seconds ends it then, the same command goes on; OUT=folder gets records, scores and logs at once.
-# In half an hour, three times: LIMIT=570 OUT=records EPOCHS=100 RETRAIN_EPOCHS=30 experiments/gpu.sh
-# A rehearsal: EPOCHS=1 STEPS=2 SHARES=0.5 FOLDER=rehearsal SCORE_FLAGS="--estimator gaussian" experiments/gpu.sh
+# What wants a GPU, in an hour or a few: VGG16 trained on CIFAR-10, then it and ResNet56 pruned by every rule (rules.sh,
+# channels.sh), not retrained and retrained for each of EPOCHS, three dense networks each, both side by side with JOBS runs at a time;
+# training speed. What fails stops nothing else and is named at the end. Finished runs are skipped, killed ones go on:
+# LIMIT=seconds ends it then, the same command goes on. OUT=folder gets records, scores and logs at once.
+# In half an hour, three times: LIMIT=570 OUT=records experiments/gpu.sh
+# A rehearsal: DENSE_EPOCHS=1 EPOCHS=0 NETWORKS=0 STEPS=2 SHARES=0.5 experiments/gpu.sh
+# The paper's 300 epochs, days on one GPU: experiments/cifar10.sh
 set -u
 cd "$(dirname "$0")/.."
-export PYTHON="${PYTHON:-python}" DATA_DIR="${DATA_DIR:-$PWD/data}" JOBS="${JOBS:-3}" TRAIN_FLAGS="${TRAIN_FLAGS:-}"
-export SCORE_FLAGS="${SCORE_FLAGS---device cuda}"
+export PYTHON="${PYTHON:-python}" DATA_DIR="${DATA_DIR:-$PWD/data}" TRAIN_FLAGS="${TRAIN_FLAGS:-}" SCORE_FLAGS="${SCORE_FLAGS:-}"
 logs=results/gpu end=$(($(date +%s) + ${LIMIT:-9999999})) pids='' lanes='' failed=''
 mkdir -p "$logs" ${OUT:+"$OUT"}
 touch "$logs/began"
@@ -26,6 +26,27 @@ note() { # NAME: what has just failed, unless for want of time
     [ $code = 124 ] || failed="$failed
 $1, exit code $code: $(tail -n 1 "$logs/$1.log")"
 }
+at_once() { # runs its input's lines, JOBS at a time
+    limited xargs -P "${JOBS:-4}" -I {} sh -c '{} || { echo "FAILED: {}"; exit 1; }'
+}
+lane() { # NETWORK: all of its runs; those of one number of epochs wait for the scores of those before
+    [ "$1" = resnet56 ] || for number in ${NETWORKS:-0 1 2}; do
+        echo "cd $1 && $PYTHON train_stage1.py --Data_dir $DATA_DIR --Epoch ${DENSE_EPOCHS:-40} --Schedule one-cycle --Lr 0.1" \
+            "--Label_smoothing 0.1 --Select last $TRAIN_FLAGS --Seed $number --Save_dir cifar10_jpeg/$1/baseline/$number"
+    done | (at_once) || return
+    for epochs in ${EPOCHS:-0 3 30 10}; do
+        [ "$epochs" = 0 ] && rules="paper positions means taylor magnitude random" || rules="dense positions magnitude random paper"
+        for rule in ${RULES:-$rules}; do
+            for number in ${NETWORKS:-0 1 2}; do
+                echo "env EPOCHS=$epochs RULES=$rule NETWORKS=$number experiments/rules.sh $1"
+            done
+        done | (at_once) || ended=$?
+        [ "$epochs" -gt 3 ] || for number in ${NETWORKS:-0 1 2}; do
+            echo "env EPOCHS=$epochs NETWORKS=$number experiments/channels.sh $1"
+        done | (at_once) || ended=$?
+    done
+    return ${ended:-0}
+}
 trap 'kill $pids 2> /dev/null; copy' EXIT
 trap 'exit 130' INT TERM
 
@@ -39,7 +60,7 @@ done
 TRAIN_FLAGS="$TRAIN_FLAGS $(cat "$logs/way")" || { echo "Nothing runs:$failed"; exit 1; }
 
 for network in resnet56 vgg16; do
-    limited env FOLDER="${FOLDER:+$FOLDER/$network}" experiments/cifar10.sh $network > "$logs/$network.log" 2>&1 &
+    lane $network > "$logs/$network.log" 2>&1 &
     pids="$pids $!" lanes="$lanes $network=$!"
 done
 while sleep 10; do copy; done &
