@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -132,7 +133,8 @@ class Graphed(nn.Module):
         double, buffers = nn.Sequential(self.network), [(buffer, buffer.clone()) for buffer in self.network.buffers()]
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # trials have a stream of their own
         try:
-            with torch.random.fork_rng([images.device]):
+            with torch.random.fork_rng([images.device]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # the backward pass's thread is new
                 torch.cuda.make_graphed_callables(double, (images.clone(),), allow_unused_input=True)
         except RuntimeError as error:
             if out_of_memory(error):

@@ -195,8 +195,8 @@ def _measure(network: nn.Module, test: Split | FileSplit) -> dict:
 
 
 def _same(one: dict, other: dict) -> bool:
-    """Whether two states of one network hold the same values."""
-    return all(torch.equal(one[name], other[name]) for name in one)
+    """Whether two states of one network hold the same values; what a killed run left is on the CPU."""
+    return all(torch.equal(one[name], other[name].to(one[name].device)) for name in one)
 
 
 def trained_on(data: Data) -> dict:

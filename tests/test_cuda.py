@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common import activations, cli, parallel, refit, training
+from common import activations, cli, parallel, refit, runs, training
 from common.cmi import kde
 from common.cmi.inputs import Layer
 from common.data import Split, crop_and_flip
@@ -151,6 +152,13 @@ def test_activations_and_sensitivities_are_of_one_device(gpu):
     assert set(waits.found) <= {"_to_copy to the CPU", "to to the CPU", "index of two devices"}  # kept; rows by number
 
 
+def test_what_a_killed_run_left_on_the_cpu_is_compared_on_one_device(gpu, monkeypatch):
+    monkeypatch.setattr(torch, "equal", lambda one, other: one.device == other.device)
+    there, here = ({"weight": torch.ones(2, device=device)} for device in (GPU, "cpu"))
+    assert runs._same(there, here)
+    assert runs._same(here, there)
+
+
 @pytest.mark.parametrize("folder", ["vgg16", "resnet56"])
 def test_moments_of_the_refit_are_of_one_device(gpu, folder):
     network, split = on_gpu(model_of(folder).build(10)).eval(), images_on_gpu()
@@ -250,6 +258,18 @@ def test_training_by_graphs_is_training_to_the_bit(graphs, coloured, opt, amp):
     assert graph[1:] == plain[1:]
     assert wrapped[0].shape == (16, 3, 8, 8)
     assert not any("network." in key for key in graph[0])
+
+
+def test_what_torch_says_of_its_own_thread_is_not_shown(graphs, monkeypatch, recwarn):
+    """Seen on an H100, at the first backward pass."""
+
+    def warn(*_, **__):
+        warnings.warn("Attempting to run cuBLAS, but there was no current CUDA context!", stacklevel=2)
+        warnings.warn("something else", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", warn)
+    parallel.Graphed(small_network())(torch.zeros(4, 3, 8, 8))
+    assert [str(warning.message) for warning in recwarn] == ["something else"]
 
 
 @pytest.mark.parametrize(
