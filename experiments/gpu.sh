@@ -29,23 +29,27 @@ $1, exit code $code: $(tail -n 1 "$logs/$1.log")"
 at_once() { # runs its input's lines, JOBS at a time
     limited xargs -P "${JOBS:-4}" -I {} sh -c '{} || { echo "FAILED: {}"; exit 1; }'
 }
-lane() { # NETWORK: all of its runs; those of one number of epochs wait for the scores of those before
+runs() { # NETWORK EPOCHS RULES: lines for `at_once`
+    for rule in $3; do
+        for number in ${NETWORKS:-0 1 2}; do
+            [ "$rule" = channels ] && echo "env EPOCHS=$2 NETWORKS=$number experiments/channels.sh $1" ||
+                echo "env EPOCHS=$2 RULES=$rule NETWORKS=$number experiments/rules.sh $1"
+        done
+    done
+}
+lane() { # NETWORK: its dense networks, then their scores, then all runs
     [ "$1" = resnet56 ] || for number in ${NETWORKS:-0 1 2}; do
         echo "cd $1 && $PYTHON train_stage1.py --Data_dir $DATA_DIR --Epoch ${DENSE_EPOCHS:-40} --Schedule one-cycle --Lr 0.1" \
             "--Label_smoothing 0.1 --Select last $TRAIN_FLAGS --Seed $number --Save_dir cifar10_jpeg/$1/baseline/$number"
     done | (at_once) || return
-    for epochs in ${EPOCHS:-0 3 30 10}; do
-        [ "$epochs" = 0 ] && rules="paper positions means taylor magnitude random" || rules="dense positions magnitude random paper"
-        for rule in ${RULES:-$rules}; do
-            for number in ${NETWORKS:-0 1 2}; do
-                echo "env EPOCHS=$epochs RULES=$rule NETWORKS=$number experiments/rules.sh $1"
-            done
-        done | (at_once) || ended=$?
-        [ "$epochs" -gt 3 ] || for number in ${NETWORKS:-0 1 2}; do
-            echo "env EPOCHS=$epochs NETWORKS=$number experiments/channels.sh $1"
-        done | (at_once) || ended=$?
-    done
-    return ${ended:-0}
+    runs "$1" 0 "${RULES:-positions means paper}" | sed 's/^env/env SHARES=none/' | (at_once) || return
+    for epochs in ${EPOCHS:-3 0 30 10}; do
+        case $epochs in
+        0) runs "$1" 0 "${RULES:-positions magnitude channels taylor random means paper}" ;;
+        3) runs "$1" 3 "${RULES:-positions magnitude dense random paper channels}" ;;
+        *) runs "$1" "$epochs" "${RULES:-positions magnitude dense random paper}" ;;
+        esac
+    done | (at_once)
 }
 trap 'kill $pids 2> /dev/null; copy' EXIT
 trap 'exit 130' INT TERM

@@ -2,7 +2,7 @@
 # Rules against each other on one of the convolutional networks, `experiments/rules.sh resnet56`, `vgg16` or `resnet50`:
 # dense networks x samplings of images x rules x pruned shares, each masked, with batch norm recalibrated, and refitted,
 # and then retrained for EPOCHS (0: not at all). The dense networks: results/README.md. Finished runs are skipped and
-# killed ones go on, so the script can be stopped and started again; `make collect tables` fills the tables.
+# killed ones go on, so the script can be stopped and started again (SHARES=none: scores only); `make collect tables` fills the tables.
 set -eu
 network=$1
 cd "$(dirname "$0")/../$network"
@@ -51,6 +51,7 @@ for sampling in ${SAMPLINGS:-0}; do # more than one are no more networks, though
             *) by="--Refit --Criterion $rule" ;;
             esac
             for share in $([ "$rule" = dense ] && echo 0 || echo "${SHARES:-$shares}"); do
+                [ "$share" = none ] && continue
                 case " $tight " in *" $share "*) limit= ;; *) limit="--upper_prune_limit 0.97" ;; esac
                 $python retrain_stage3.py --Epoch "$epochs" $recipe --Select last --Data_dir "$data" ${TRAIN_FLAGS:-} \
                     --Retrain "$from/logits_best.pkl" $by --Samples_per_class $calibration --Prune_per "$share" $of \
