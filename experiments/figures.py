@@ -31,6 +31,7 @@ from report import (
     baselines,
     by_groups,
     by_point,
+    gains,
     paired,
     pruned_percent,
     runs_of,
@@ -46,12 +47,13 @@ COLOURS = {
     "CMI": "#56B4E9",
     "CMI x magnitude": "#CC79A7",
     "CMI, given kept": "#0072B2",
+    "CMI, given kept, positions": "#882255",
     "CMI, given kept, correlated groups": "#009E73",
     "magnitude": "#D55E00",
     "taylor": "#E69F00",
     "random": "#808080",
 }
-IMPLIED = ("single units", "gaussian", "positions")  # what a short name leaves out
+IMPLIED = ("single units", "gaussian")  # what a short name leaves out
 ENDS = {"test_before_retraining": "before retraining", "test": "after retraining"}
 BEST = "CMI, gaussian given kept, correlated groups, balanced, refit"
 ATTACKED = {"mlp": "MLP, 96.2 % of fc2 pruned", "resnet56": "ResNet56, 70 % pruned"}
@@ -177,7 +179,7 @@ def forest(records: list[dict], target: Path, ours: str, title: str, moments: di
     figure, axes = plt.subplots(1, len(moments), figsize=(7, 0.8 + 0.22 * len(rows)), sharey=True)
     for axis, (moment, label) in zip(axes, moments.items(), strict=True):
         for y, (_, tint, pairs) in enumerate(rows):
-            values = [a[moment]["accuracy"] - b[moment]["accuracy"] for a, b in pairs if moment in a and moment in b]
+            values = gains(pairs, moment)
             if len(values) > 1:
                 half = t.ppf(0.995, len(values) - 1) * deviation(values) / np.sqrt(len(values))
                 axis.errorbar(np.mean(values), y, xerr=half, fmt="o", color=tint)

@@ -42,7 +42,9 @@ lane() { # NETWORK: its dense networks, then their scores, then all runs
         echo "cd $1 && $PYTHON train_stage1.py --Data_dir $DATA_DIR --Epoch ${DENSE_EPOCHS:-40} --Schedule one-cycle --Lr 0.1" \
             "--Label_smoothing 0.1 --Select last $TRAIN_FLAGS --Seed $number --Save_dir cifar10_jpeg/$1/baseline/$number"
     done | (at_once) || return
-    runs "$1" 0 "${RULES:-positions means paper}" | sed 's/^env/env SHARES=none/' | (at_once) || return
+    for rule in positions means paper; do
+        case " ${RULES:-$rule} " in *" $rule "*) runs "$1" 0 "$rule" | sed 's/^env/env SHARES=none/' ;; esac
+    done | (at_once) || return
     for epochs in ${EPOCHS:-3 0 30 10}; do
         case $epochs in
         0) runs "$1" 0 "${RULES:-positions magnitude channels taylor random means paper}" ;;

@@ -26,7 +26,7 @@ NETWORKS = {  # rows of the README: the published experiment; our rule by experi
         "cifar10_vgg16",
         {
             "cifar10_vgg16": "CMI",
-            "cifar10_vgg16_retrained": f"{POSITIONS}, refit",
+            "cifar10_vgg16_retrained/3": f"{POSITIONS}, refit",
             "cifar10_vgg16_before": f"{POSITIONS}, refit",
         },
     ),
@@ -34,13 +34,13 @@ NETWORKS = {  # rows of the README: the published experiment; our rule by experi
         "cifar10_resnet56",
         {
             "cifar10_resnet56": "CMI, single units",
-            "cifar10_retrained": f"{POSITIONS}, single units, refit",
+            "cifar10_retrained/3": f"{POSITIONS}, single units, refit",
             "cifar10_before": f"{POSITIONS}, single units, refit",
         },
     ),
     "ResNet50, ImageNet": (
         "imagenet_resnet50",
-        {"imagenet_retrained": f"{POSITIONS}, refit", "imagenet_before": f"{POSITIONS}, refit"},
+        {"imagenet_before": f"{POSITIONS}, refit"},
     ),
 }
 COMMANDS = {  # that make the records
@@ -56,7 +56,6 @@ COMMANDS = {  # that make the records
     "cifar10_resnet56": "experiments/cifar10.sh resnet56",
     "cifar10_retrained": "EPOCHS={} experiments/rules.sh resnet56",
     "cifar10_before": "experiments/rules.sh resnet56",
-    "imagenet_retrained": "EPOCHS={} experiments/rules.sh resnet50",
     "imagenet_before": "experiments/rules.sh resnet50",
 }
 OWN = "MIT ([LICENSE](../LICENSE))"
@@ -147,10 +146,10 @@ def dense_of(records: list[dict]) -> list[dict]:
 
 def made_by(experiment: str, results: str = "results/") -> str:
     """An experiment's records, if there are any, and the command that makes them."""
-    file = f"{experiment}.jsonl"
-    record = f"[{experiment}]({results}{file})" if (files.RESULTS / file).is_file() else experiment
+    name, file = experiment.split("/")[0], f"{experiment.split('/')[0]}.jsonl"
+    record = f"[{name}]({results}{file})" if (files.RESULTS / file).is_file() else name
     epochs = next((run["arguments"]["Epoch"] for run in of_stage(finished(experiment), 3)), "N")
-    return f"{record}: `{COMMANDS[experiment].format(epochs)}`"
+    return f"{record}: `{COMMANDS[name].format(epochs)}`"
 
 
 def history() -> str:
@@ -165,7 +164,8 @@ def history() -> str:
         key = f"{arguments['Model']}, {layers}", last["requested_percent"], of, not arguments["Epoch"]
         if error < best.get(key, 100):
             best[key] = error
-            row = {"network, layers": key[0], "pruned": f"{key[1]:.4g} % of {of}", "rule": f"{name}; {epochs}"}
+            share = pruned_percent(last, "network") if of == "all" else key[1]
+            row = {"network, layers": key[0], "pruned": f"{share:.4g} % of {of}", "rule": f"{name}; {epochs}"}
             row |= {"accuracy (%)": mean_std(accuracies(found)), "n": len(found)}
             row["last run"] = f"{date}, {last['commit'][:7]}"
             rows.append((key, {**row, "record, command": made_by(last["path"].split("/")[0], "")}))

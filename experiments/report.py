@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import binomtest, ttest_rel
+from scipy.stats import binomtest, ttest_1samp
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import collect
@@ -133,12 +133,13 @@ def differences(records: list[dict], name: str, moments: dict = MOMENTS) -> str:
     """By how much one rule is ahead of each control at each pruned share, as a Markdown table.
 
     It is compared with what it is made of too: CMI alone, the same ranking neither balanced nor refitted, all at once
-    instead of in rounds, and with the paper's scores treated alike. Runs are paired by seed, n pairs: they prune the
-    same dense network.
+    instead of in rounds, with scores of means of maps instead of at positions, and with the paper's scores treated
+    alike. Runs are paired by seed: they prune the same dense network; n networks.
     """
     at_once = name.removesuffix(f", {ROUNDS}")
     parts = {name.replace("CMI x magnitude", "CMI"), unchanged(name), at_once} - {name}
     if name.startswith("CMI, gaussian"):
+        parts |= {name.replace(", positions", "")} - {name}
         parts.add(", ".join(part for part in name.split(", ") if "given" not in part and part != "positions"))
     points, rows = by_point(records), []
     for share, ours in ((share, runs) for (share, rule_), runs in points.items() if rule_ == name):
@@ -146,7 +147,8 @@ def differences(records: list[dict], name: str, moments: dict = MOMENTS) -> str:
             if (at == share or control == DENSE) and (not control.startswith("CMI") or control in parts):
                 pairs = paired(ours, theirs)
                 cells = {title: difference(pairs, moment) for moment, title in moments.items()}
-                rows.append({f"{name}, ahead of": control, "pruned (%)": f"{share:.4g}", **cells, "n": len(pairs)})
+                row = {f"{name}, ahead of": control, "pruned (%)": f"{share:.4g}", **cells}
+                rows.append({**row, "n": len(by_network(pairs))})
     return markdown(rows)
 
 
@@ -156,21 +158,34 @@ def paired(ours: list[dict], theirs: list[dict], by: str = "seed") -> list[tuple
     return [(first[key], second[key]) for key in sorted(first.keys() & second.keys())]
 
 
+def by_network(pairs: list[tuple[dict, dict]]) -> list[list[tuple[dict, dict]]]:
+    """Pairs of one dense network together: several samplings of images are no further networks."""
+    found = defaultdict(list)
+    for k, pair in enumerate(pairs):
+        found[pair[0].get("arguments", {}).get("Retrain", k)].append(pair)
+    return list(found.values())
+
+
+def gains(pairs: list[tuple[dict, dict]], moment: str) -> list[float]:
+    """By how much the first of a pair is ahead, in points, of every network that recorded the moment the mean."""
+    both = [[(a[moment], b[moment]) for a, b in same if moment in a and moment in b] for same in by_network(pairs)]
+    return [np.mean([ours["accuracy"] - theirs["accuracy"] for ours, theirs in same]) for same in both if same]
+
+
 def difference(pairs: list[tuple[dict, dict]], moment: str) -> str:
-    """Mean paired difference of accuracies ± its standard error, of two pairs or more, and what a paired t-test says.
+    """Mean paired difference of accuracies ± its standard error, of two networks or more, and what a t-test says.
 
     Its p-value is two-sided; a difference is shown below 0.01 only. n is named where not all pairs recorded the moment.
     Of a single pair whose records know every answer: over the images, by `mcnemar`.
     """
     if len(pairs) == 1 and all("right" in run.get(moment, {}) for run in pairs[0]):
         return stated(*mcnemar(*(run[moment]["right"] for run in pairs[0])))
-    both = [(a[moment]["accuracy"], b[moment]["accuracy"]) for a, b in pairs if moment in a and moment in b]
-    if len(both) < 2:
+    ahead = np.array(gains(pairs, moment))
+    if len(ahead) < 2:
         return ""
-    ours, theirs = np.array(both).T
-    error = np.std(ours - theirs, ddof=1) / np.sqrt(len(both))
-    p = ttest_rel(ours, theirs).pvalue if error else np.nan
-    return stated(np.mean(ours - theirs), error, p, [f"n = {len(both)}"] if len(both) < len(pairs) else [])
+    error = np.std(ahead, ddof=1) / np.sqrt(len(ahead))
+    p = ttest_1samp(ahead, 0).pvalue if error else np.nan
+    return stated(np.mean(ahead), error, p, [f"n = {len(ahead)}"] if len(ahead) < len(by_network(pairs)) else [])
 
 
 def mcnemar(ours: str, theirs: str) -> tuple[float, float, float]:
@@ -250,7 +265,8 @@ def scoring_table(records: list[dict]) -> str:
     """What it cost to score all layer pairs of a network, by kind of scores; of several networks the mean."""
     kinds, rows = defaultdict(list), []
     for record in of_stage(records, 2):
-        kinds[", ".join(["CMI", *estimate(record["arguments"])])].append(record)
+        whole = ["channels"] * (record["arguments"].get("granularity") == "channel")
+        kinds[", ".join(["CMI", *estimate(record["arguments"]), *whole])].append(record)
     for kind, runs in kinds.items():
         networks = {(Path(record["path"]).parent, record["arguments"]["name_postfix"]) for record in runs}
         seconds, groups = [r["wall_seconds"] for r in runs], [np.prod(r["scores"]["shape"]) for r in runs]

@@ -121,7 +121,7 @@ def test_bands_are_means_and_deviations_against_what_is_kept(records):
 
 def test_short_names_have_one_colour_each():
     name = "CMI, gaussian given kept, positions, single units, refit"
-    assert (figures.short(name), figures.treatment(name)) == ("CMI, given kept", "refit")
+    assert (figures.short(name), figures.treatment(name)) == ("CMI, given kept, positions", "refit")
     assert figures.treatment("magnitude") == "one threshold, not refitted"
     assert figures.colour("magnitude, correlated groups, balanced, refit") == figures.COLOURS["magnitude"]
     assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
@@ -143,6 +143,17 @@ def test_differences_are_paired_by_seed():
     p = f"p = {ttest_rel([97, 94, 91], [96, 92, 88]).pvalue:.3f}"
     equal, ahead = "+0.00 ± 0.00, no difference shown", f"+2.00 ± 0.58 ({p}), no difference shown"
     assert line == f"| random | 90 | {equal} |  | {ahead} | 3 |"
+
+
+def test_several_samplings_of_a_network_are_no_further_networks():
+    """Of network 0 the mean of 1 and 3, so 2 and 4: mean 3, standard error 1, n = 2."""
+    records = []
+    for seed, (network, ahead) in enumerate([(0, 1.0), (0, 3.0), (1, 4.0)]):
+        for criterion, accuracy in (("cmi", 90.0 + ahead), ("random", 90.0)):
+            records.append(run(criterion, 90, accuracy, seed=seed))
+            records[-1]["arguments"] |= {"Retrain": f"{network}.pkl"}
+    line = report.differences(records, "CMI").splitlines()[2]
+    assert line.endswith(" | +3.00 ± 1.00 (p = 0.205), no difference shown | 2 |")
 
 
 @pytest.mark.parametrize(
@@ -200,8 +211,9 @@ def test_scores_given_what_is_kept_are_compared_with_the_papers():
     records = [run("cmi", 90, 97.0, seed=0), run("random", 90, 97.0, seed=0)]
     scores = {"estimator": "gaussian", "given": "kept", "sampling": "positions"}
     records.append({**run("cmi", 90, 97.0, seed=0), "scores": scores})
+    records.append({**run("cmi", 90, 97.0, seed=0), "scores": {**scores, "sampling": "means"}})
     lines = report.differences(records, "CMI, gaussian given kept, positions").splitlines()[2:]
-    assert [line.split(" | ")[0] for line in lines] == ["| CMI", "| random"]
+    assert [line.split(" | ")[0] for line in lines] == ["| CMI", "| CMI, gaussian given kept", "| random"]
 
 
 def test_a_balanced_and_refitted_rule_is_compared_with_the_plain_one():
