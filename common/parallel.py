@@ -28,7 +28,7 @@ def processes() -> Iterator[None]:
     if rank() >= int(os.environ["WORLD_SIZE"]):  # it would wait for a process that is not there
         raise InputError(f"the processes cannot be joined (RANK {rank()} of fewer); start them with torchrun")
     gpus = torch.cuda.device_count()
-    if gpus and local_gpu(0) >= gpus:
+    if gpus and max(_number("LOCAL_WORLD_SIZE"), local_gpu(0) + 1) > gpus:  # every process here sees it
         raise InputError(
             f"more processes than GPUs: there are {gpus}; start as many (torchrun --nproc_per_node {gpus})"
         )
@@ -48,16 +48,22 @@ def by_torchrun() -> bool:
 
 def rank() -> int:
     """This process's number; process 0 is the one that prints and writes."""
-    if dist.is_initialized():
-        return dist.get_rank()
-    number = os.environ["RANK"] if by_torchrun() else "0"
+    return dist.get_rank() if dist.is_initialized() else _number("RANK")
+
+
+def _number(name: str) -> int:
+    """What torchrun says of this process, 0 without it."""
+    number = os.environ.get(name, "") if by_torchrun() else ""
     return int(number) if number.isdecimal() else 0
 
 
 def is_first(message: str) -> bool:
-    """Whether this process is the first that has this to say; of several that meet one fault only one says it."""
+    """Whether this process is the first that has this to say; of several that meet one fault only one says it.
+
+    Before they have joined, the first on each machine.
+    """
     if not dist.is_initialized():
-        return rank() == 0
+        return _number("LOCAL_RANK") == 0
     try:
         return dist.distributed_c10d._get_default_store().add(f"said: {message}", 1) == 1
     except RuntimeError:  # the others are gone

@@ -83,12 +83,22 @@ def _no_host(**_):
     raise torch.distributed.DistNetworkError("no such host")
 
 
-def test_more_processes_than_gpus_are_one_line(tmp_path, call, monkeypatch):
-    for key, value in {**SETTINGS, "LOCAL_RANK": "2"}.items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.setenv("RANK", "0")
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "said"), [(0, 0, 1), (2, 2, 0), (3, 0, 1)], ids=["first", "third", "first of a second host"]
+)
+def test_more_processes_than_gpus_are_one_line_a_host(tmp_path, call, monkeypatch, rank, local_rank, said):
+    """All of them see it: torchrun kills those that wait for one that has failed before they can speak."""
+    for key, value in {
+        **SETTINGS,
+        "WORLD_SIZE": 6,
+        "RANK": rank,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": 3,
+    }.items():
+        monkeypatch.setenv(key, str(value))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert "there are 2; start as many (torchrun --nproc_per_node 2)" in call(*ONE_EPOCH, code=2)
+    shown = call(*ONE_EPOCH, "--Save_dir", tmp_path, code=2)
+    assert shown.count("there are 2; start as many (torchrun --nproc_per_node 2)") == said
 
 
 @pytest.mark.slow
@@ -114,6 +124,7 @@ def test_an_error_is_said_by_one_of_several_processes(tmp_path):
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from common import cli, parallel\nfrom common.errors import InputError\n"
+        "if sys.argv[1] == 'gpus':\n    import torch\n    torch.cuda.device_count = lambda: 1\n"
         "def main():\n"
         "    if parallel.rank() == 1 or sys.argv[1] == 'all':\n        raise InputError('what is wrong')\n"
         "    parallel.barrier()\n"
@@ -123,6 +134,8 @@ def test_an_error_is_said_by_one_of_several_processes(tmp_path):
     for who in ("one", "all"):
         said = run(script, who, code=1, python=torchrun).decode()
         assert said.count("script.py: error: what is wrong") == 1, said
+    said = run(script, "gpus", code=1, python=torchrun).decode()
+    assert said.count("script.py: error: more processes than GPUs: there are 1;") == 1, said
 
 
 def test_stage_2_under_torchrun_is_refused(base, call, monkeypatch):
