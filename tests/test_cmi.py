@@ -492,13 +492,16 @@ class TestBackwardElimination:
             assert np.argsort(found[j]).tolist() == order
             assert found[j, order] == pytest.approx(pooled, abs=1e-4)
 
-    @pytest.mark.parametrize("groups", [70, 45])
-    def test_many_groups_literally(self, rng, groups, monkeypatch):
-        """More removals than the precision matrix waits for, against one inverse of what is left per step."""
+    @pytest.mark.parametrize(("groups", "child_groups"), [(70, [0, 1, 1]), (45, [0, 1, 1]), (70, [0, 0, 0])])
+    def test_many_groups_literally(self, rng, groups, child_groups, monkeypatch):
+        """More removals than the precision matrix waits for, against one inverse of what is left per step.
+
+        The last: a child group of more than twice as many units as a parent group has.
+        """
         monkeypatch.setattr(backward, "ROWS", 8)
         monkeypatch.setattr(backward, "MEMORY", 2 * 8 * 70**2)  # one or two child groups at a time
         parents = rng.normal(size=(2000, 70)) @ rng.normal(size=(70, 70))
-        children, child_groups = parents @ rng.normal(size=(70, 3)), np.array([0, 1, 1])
+        children, child_groups = parents @ rng.normal(size=(70, 3)), np.array(child_groups)
         parent_groups = np.arange(70) * groups // 70
         inputs = (children, parents, child_groups, parent_groups)
         found = layer_cmi(*inputs, estimator="gaussian", given="kept", shrinkage=1e-6, snr=np.ones(3))
@@ -511,7 +514,7 @@ class TestBackwardElimination:
             known = np.linalg.solve(covariance[np.ix_(units, units)], across)
             return np.linalg.slogdet(own - across.T @ known)[1] / 2
 
-        for j in range(2):
+        for j in np.unique(child_groups):
             child, left, order = 70 + np.flatnonzero(child_groups == j), list(range(groups)), []
             while left:
                 order.append(min(left, key=lambda i: unexplained([k for k in left if k != i], child)))

@@ -136,6 +136,9 @@ def _gains(diagonal: np.ndarray, regression: np.ndarray, residual: np.ndarray) -
     `diagonal` (b, G, size, size) holds the groups' blocks of the precision matrix.
     """
     own = regression.reshape(*diagonal.shape[:3], -1)
+    if own.shape[3] > 2 * own.shape[2]:  # a large child group: det(R + A'A) = det(R) det(1 + A inv(R) A') is smaller
+        through = np.linalg.solve(residual, regression.swapaxes(1, 2)).swapaxes(1, 2).reshape(own.shape)
+        return (_log_det(diagonal + own @ through.swapaxes(2, 3)) - _log_det(diagonal)) / 2
     solved = own / diagonal if own.shape[2] == 1 else np.linalg.solve(diagonal, own)
     grown = residual[:, None] + own.swapaxes(2, 3) @ solved
     return (_log_det(grown) - _log_det(residual)[:, None]) / 2
