@@ -233,6 +233,7 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
     _stage = str(stage)
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(usage="%(prog)s [--FLAG VALUE ...]", description=doc, formatter_class=raw, allow_abbrev=False)
+    _check_model(model, Path(script))
     defaults = _defaults(model, stage)
     for title, flags in HELP.items():
         group = parser.add_argument_group(title)
@@ -257,12 +258,17 @@ NEEDED = ("NAME", "PAIRS", "TRAINING", "SCORING", "GROUPS", "MAX_SPARSITY", "RET
 _stage = "1"  # of the script that runs: whose flags errors speak of
 
 
-def _defaults(model: ModuleType, stage: int) -> dict:
-    """The values of model.py, by flag."""
-    if missing := [name for name in NEEDED if not hasattr(model, name)]:
+def _check_model(model: ModuleType, script: Path) -> None:
+    """Refuse a model.py without what everything needs, or the augmentation that its script asks for."""
+    augmenting = ["augment"] * ("model.augment" in script.read_text(encoding="utf-8"))
+    if missing := [name for name in (*NEEDED, *augmenting) if not hasattr(model, name)]:
         raise InputError(f"model.py lacks {', '.join(missing)}; docs/own_network.md has all that it holds")
     if missing := [child for _, child in model.PAIRS if child not in model.GROUPS]:
         raise InputError(f"model.py: GROUPS lacks {', '.join(missing)}, of PAIRS")
+
+
+def _defaults(model: ModuleType, stage: int) -> dict:
+    """The values of model.py, by flag."""
     for table in ("TRAINING", "RETRAINING", "SCORING"):
         _check_values(f"model.py: {table}", getattr(model, table))
     base = f"{model.NAME}/baseline"

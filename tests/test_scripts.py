@@ -509,6 +509,16 @@ def test_senseless_values_in_model_py_are_one_line(tmp_path, call_in, old, new, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_script_that_augments_wants_it_of_model_py(tmp_path, call_in):
+    """As where a convolutional folder's scripts are copied beside the MLP's model.py."""
+    folder = editable(tmp_path / "repository", "mlp")
+    script = folder / STAGE1
+    script.write_text(script.read_text().replace("run.seed_of(epoch))", "run.seed_of(epoch), model.augment)"))
+    said = call_in(folder, STAGE1, *TRAIN, "--Save_dir", tmp_path / "out", code=2)
+    assert "model.py lacks augment; docs/own_network.md has all that it holds" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_edit_of_retraining_leaves_finished_training_alone(tmp_path, call_in):
     """Its values are flags' defaults, which are compared as arguments where they are used."""
     folder = editable(tmp_path / "repository", "mlp")
