@@ -1,8 +1,8 @@
 #!/bin/sh
 # What wants a GPU, in an hour or a few: VGG16 trained on CIFAR-10, then it and ResNet56 pruned by every rule (rules.sh,
-# channels.sh), not retrained and retrained for each of EPOCHS, three dense networks each, both side by side with JOBS runs at a time;
-# training speed. What fails stops nothing else and is named at the end. Finished runs are skipped, killed ones go on:
-# LIMIT=seconds ends it then, the same command goes on. OUT=folder gets records, scores and logs at once.
+# channels.sh), not retrained and retrained for each of EPOCHS, three dense networks each, what is worth most first, both
+# side by side with JOBS runs at a time; training speed. What fails stops nothing else and is named at the end. Finished
+# runs are skipped, killed ones go on: LIMIT=seconds ends it then. OUT=folder gets records, scores and logs at once.
 # In half an hour, three times: LIMIT=570 OUT=records experiments/gpu.sh
 # A rehearsal: DENSE_EPOCHS=1 EPOCHS=0 NETWORKS=0 STEPS=2 SHARES=0.5 experiments/gpu.sh
 # The paper's 300 epochs, days on one GPU: experiments/cifar10.sh

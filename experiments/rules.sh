@@ -2,7 +2,8 @@
 # Rules against each other on one of the convolutional networks, `experiments/rules.sh resnet56`, `vgg16` or `resnet50`:
 # dense networks x samplings of images x rules x pruned shares, each masked, with batch norm recalibrated, and refitted,
 # and then retrained for EPOCHS (0: not at all). The dense networks: results/README.md. Finished runs are skipped and
-# killed ones go on, so the script can be stopped and started again (SHARES=none: scores only); `make collect tables` fills the tables.
+# killed ones go on, so the script can be stopped and started again; `make collect tables` fills the tables. SHARES=none:
+# scores only.
 set -eu
 network=$1
 cd "$(dirname "$0")/../$network"
