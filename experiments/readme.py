@@ -146,8 +146,8 @@ def dense_of(records: list[dict]) -> list[dict]:
 
 def made_by(experiment: str, results: str = "results/") -> str:
     """An experiment's records, if there are any, and the command that makes them."""
-    name, file = experiment.split("/")[0], f"{experiment.split('/')[0]}.jsonl"
-    record = f"[{name}]({results}{file})" if (files.RESULTS / file).is_file() else name
+    name = experiment.split("/")[0]
+    record = f"[{name}]({results}{name}.jsonl)" if (files.RESULTS / f"{name}.jsonl").is_file() else name
     epochs = next((run["arguments"]["Epoch"] for run in of_stage(finished(experiment), 3)), "N")
     return f"{record}: `{COMMANDS[name].format(epochs)}`"
 

@@ -137,9 +137,8 @@ def differences(records: list[dict], name: str, moments: dict = MOMENTS) -> str:
     alike. Runs are paired by seed: they prune the same dense network; n networks.
     """
     at_once = name.removesuffix(f", {ROUNDS}")
-    parts = {name.replace("CMI x magnitude", "CMI"), unchanged(name), at_once} - {name}
+    parts = {name.replace("CMI x magnitude", "CMI"), unchanged(name), at_once, name.replace(", positions", "")} - {name}
     if name.startswith("CMI, gaussian"):
-        parts |= {name.replace(", positions", "")} - {name}
         parts.add(", ".join(part for part in name.split(", ") if "given" not in part and part != "positions"))
     points, rows = by_point(records), []
     for share, ours in ((share, runs) for (share, rule_), runs in points.items() if rule_ == name):
@@ -162,7 +161,7 @@ def by_network(pairs: list[tuple[dict, dict]]) -> list[list[tuple[dict, dict]]]:
     """Pairs of one dense network together: several samplings of images are no further networks."""
     found = defaultdict(list)
     for k, pair in enumerate(pairs):
-        found[pair[0].get("arguments", {}).get("Retrain", k)].append(pair)
+        found[pair[0]["arguments"].get("Retrain", k)].append(pair)
     return list(found.values())
 
 
