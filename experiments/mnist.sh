@@ -166,22 +166,33 @@ weights_long_runs() {
     prune mnist_weights_long/magnitude "$all" "$alone" "$long" --Criterion magnitude --no-Refit
 }
 weights_rounds_scores() {
-    weights_scores
-    {
-        prune mnist_weights_rounds/first/kept-magnitude @single "$all" "$alone" --Prune_per 0.95 \
-            --Criterion cmi-magnitude --Refit
-        prune mnist_weights_rounds/first/magnitude "$all" "$alone" --Prune_per 0.95 --Criterion magnitude --no-Refit
-    } | run
-    (after_first kept-magnitude && score single --weights_file "$checkpoint" $singles)
+    both mnist_weights_rounds/first 0.95 | run
 }
 weights_rounds_runs() {
-    (after_first kept-magnitude &&
-        prune mnist_weights_rounds/kept-magnitude @single "$all" "$alone" "$long" --Criterion cmi-magnitude --Refit)
-    (after_first magnitude &&
-        prune mnist_weights_rounds/magnitude "$all" "$alone" "$long" --Criterion magnitude --no-Refit)
+    both mnist_weights_rounds 0.985 "$long" mnist_weights_rounds/first/logits_95.00.pkl
 }
-after_first() { # RULE: the networks are those that the first round left
-    base=mnist_weights_rounds/first/$1 inner=/0 checkpoint=logits_95.00.pkl
+both() { # NAME SHARE [FLAGS [ROUND/CHECKPOINT]]: a round by each rule, on what it left in ROUND, without one on the dense
+    for rule in kept-magnitude magnitude; do
+        (
+            [ -z "${4:-}" ] || base=${4%/*}/$rule inner=/0 checkpoint=${4##*/}
+            case $rule in
+            kept-magnitude)
+                [ -n "${LIST:-}" ] || score single ${4:+--weights_file "$checkpoint"} $singles >&2
+                by="@single --Criterion cmi-magnitude --Refit" ;;
+            magnitude) by="--Criterion magnitude --no-Refit" ;;
+            esac
+            prune "$1/$rule" "$by $all $alone --Prune_per $2 ${3:-}"
+        )
+    done
+}
+
+# A third round, to as few weights as Sparse VD leaves of LeNet-300-100: 266,200 / 68 = 3,915 of the 545,000 here.
+weights_few_scores() {
+    weights_rounds_scores
+    weights_rounds_runs | run
+}
+weights_few_runs() {
+    both mnist_weights_few 0.992817 "$long" mnist_weights_rounds/logits_98.50.pkl
 }
 
 # Experiment 2: other numbers of groups and of images, at the paper's shares: GROUPS SAMPLES SHARE.
@@ -207,7 +218,7 @@ groups_runs() {
     done
 }
 
-legal="fc2 robustness validated short network weights weights_validated weights_long weights_rounds groups"
+legal="fc2 robustness validated short network weights weights_validated weights_long weights_rounds weights_few groups"
 experiments=${*:-$legal}
 for name in $experiments; do
     case " $legal " in
@@ -223,7 +234,7 @@ for name in $experiments; do
         case $name in # these have networks of their own, so that they can be run on another machine than the rest
         robustness) base=robustness/baseline ;;
         validated | weights_validated) base=mnist_validated/baseline select=val ;;
-        weights | weights_long | weights_rounds | groups) base=mnist_groups/baseline ;;
+        weights | weights_long | weights_rounds | weights_few | groups) base=mnist_groups/baseline ;;
         esac
         [ -n "${LIST:-}" ] || dense
         [ -n "${LIST:-}" ] || "${name}_scores"
