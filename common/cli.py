@@ -502,11 +502,11 @@ def pending_pairs(
     known |= records.environment(images.device)
     _note_other_code(args, weights_path(args))
     families, todo = artifacts.score_paths(args.weights_dir, args.name_postfix), []
-    last = output_layer(network, images.train)
+    last = None if args.granularity == "channel" else output_layer(network, images.train)
     with contextlib.ExitStack() as locks:
         for key_id, *groups in zip(args.key_ids, args.parent_clusters, args.children_clusters, strict=True):
             parent, child = model.PAIRS[key_id]
-            blocks = contiguous_blocks(network, child, *groups, "" if args.granularity == "channel" else last)
+            blocks = contiguous_blocks(network, child, *groups, last)
             paths = tuple(artifacts.score_path(family, parent, child) for family in families)
             of_pair = {"key_id": key_id, "parent_clusters": groups[:1], "children_clusters": groups[1:]}
             arguments = recorded(argparse.Namespace(**{**vars(args), **of_pair}))
@@ -554,8 +554,8 @@ def pruning_plan(
     args: argparse.Namespace, network: nn.Module, model: ModuleType, images: Data, checkpoint: dict
 ) -> Plan:
     """Blocks, scores and share that the flags ask for; without scores, blocks by the flags."""
-    last, within = output_layer(network, images.train), Mask.of_checkpoint(checkpoint, network)
-    last = "" if args.Granularity == "channel" else last  # all outputs are one group there too
+    last = None if args.Granularity == "channel" else output_layer(network, images.train)
+    within = Mask.of_checkpoint(checkpoint, network)
     run_order(network, args.children_key, images.train)  # refuses what cannot be pruned
     _note_other_code(args, args.Retrain)
     families, made_of = score_families(args), records.checksums(args.Retrain)

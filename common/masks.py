@@ -80,14 +80,12 @@ class Blocks:
 
 
 def contiguous_blocks(network: nn.Module, key: str, parents: int, children: int, last: str | None = None) -> Blocks:
-    """Blocks of a layer's weight with so many groups of inputs and of outputs; the last layer's outputs stay single.
+    """Blocks of a layer's weight with so many groups of inputs and of outputs; the outputs of `last` stay single.
 
-    `last` is that layer as `output_layer` finds it, or "": none; by default the one that is registered last.
+    That is the layer that gives the network's outputs (see `output_layer`), if any.
     """
     weight = plain_layer(network, key).weight
     outputs, inputs = weight.shape[:2]
-    if last is None:
-        last = [name for name, parameter in network.named_parameters() if parameter.ndim > 1][-1]
     children = outputs if key == last else children
     for name, groups, units in (("parent_clusters", parents, inputs), ("children_clusters", children, outputs)):
         if groups > units:

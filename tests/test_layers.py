@@ -369,6 +369,8 @@ def test_the_last_layer_is_the_one_that_gives_the_outputs(split):
     assert last == "head.weight"
     assert masks.contiguous_blocks(network, "head.weight", 5, 5, last).weights.shape == (10, 5)
     assert masks.contiguous_blocks(network, "b.weight", 10, 8, last).weights.shape == (8, 10)
+    for key in ("head.weight", "b.weight"):  # where none is named, none is guessed from the order of registration
+        assert masks.contiguous_blocks(network, key, 5, 5).weights.shape == (5, 5)
     assert activations.output_layer(flat(nn.Conv2d(2, 9, 3), after=lambda x: x.mean((2, 3))), split) == "4.weight"
     maps = nn.Sequential(nn.Conv2d(2, 5, 3), nn.Conv2d(5, 9, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert activations.output_layer(maps, split) == "1.weight"

@@ -208,7 +208,7 @@ def masked(net, sparsity=0.7, criterion="magnitude", scores=None, seed=0):
     """Blocks, and the mask that a criterion makes; a control takes the layers' shares from the scores."""
     blocks = {
         "conv.weight": masks.contiguous_blocks(net, "conv.weight", 4, 3),
-        "final.weight": masks.contiguous_blocks(net, "final.weight", 5, 1),
+        "final.weight": masks.contiguous_blocks(net, "final.weight", 5, 1, last="final.weight"),
     }
     ranks, like = masks.rank(criterion, net, blocks, scores, seed), None if criterion == "cmi" else scores
     kept = masks.select_blocks(ranks, blocks, sparsity, [1, 1], like=like)

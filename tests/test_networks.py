@@ -58,13 +58,18 @@ def test_every_layer_but_the_first_is_a_child_once(built):
         assert network.get_parameter(parent).shape[0] == network.get_parameter(child).shape[1]
 
 
+def last_layer(network):
+    """That of these four networks which gives the outputs."""
+    return [key for key, parameter in network.named_parameters() if parameter.ndim > 1][-1]
+
+
 def test_a_mask_block_is_the_contribution_of_an_input_group(built, rng):
     """Masking block (child group, parent group) is the same as zeroing these inputs, for this child group alone."""
     name, model, network = built
     found = seen_by_layers(network, list(model.GROUPS), torch.rand(2, 3, SIDE[name], SIDE[name]))
     for child, groups in model.GROUPS.items():
         layer, (read, returned) = network.get_submodule(child.removesuffix(".weight")), found[child]
-        blocks = masks.contiguous_blocks(network, child, *groups)
+        blocks = masks.contiguous_blocks(network, child, *groups, last_layer(network))
         j, i = (rng.integers(max(labels) + 1) for labels in (blocks.child_groups, blocks.parent_groups))
         kept_blocks = np.ones(blocks.weights.shape, bool)
         kept_blocks[j, i] = False
@@ -161,7 +166,8 @@ def test_resnet50_v1_takes_the_same_weights_with_strides_in_1x1_convolutions(mon
 
 def test_the_largest_default_share_is_within_the_limits(built, rng):
     _, model, network = built
-    sizes = [masks.contiguous_blocks(network, child, *model.GROUPS[child]).weights for child in model.MAX_SPARSITY]
+    last = last_layer(network)
+    sizes = [masks.contiguous_blocks(network, k, *model.GROUPS[k], last).weights for k in model.MAX_SPARSITY]
     share = model.RETRAINING["upper_prune_per"]
     kept = masks.select([rng.random(size.shape) for size in sizes], sizes, share, list(model.MAX_SPARSITY.values()))
     total = sum(size.sum() for size in sizes)
