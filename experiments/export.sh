@@ -1,7 +1,8 @@
 #!/bin/sh
 # What masks are worth in bytes and in milliseconds: stage 4 on the MLP at two shares, on a committed ResNet56 in blocks, on
-# ResNet56 and VGG16 in channels (channels.sh, whose dense VGG16 gpu.sh trains), not retrained, and on the files of other
-# programs that FILES names, as "resnet56=FILE resnet50=FILE". Finished runs are skipped. Latency wants an idle machine.
+# VGG16 in blocks (rules.sh), on both in channels (channels.sh), not retrained, and on the files of other programs that
+# FILES names, as "resnet56=FILE resnet50=FILE". gpu.sh trains the dense VGG16. Finished runs are skipped. Latency wants an
+# idle machine.
 set -eu
 cd "$(dirname "$0")/../mlp"
 python=${PYTHON:-python}
@@ -22,14 +23,24 @@ export PYTHON=$python DATA_DIR=$data
 export_() { # FOLDER CHECKPOINT NAME
     (cd "../$1" && $python export_stage4.py --Data_dir "$data" --Checkpoint "$2" --Save_dir "exports/$3" $timing)
 }
+pruned() { # FOLDER PERCENT: the checkpoint in a folder of results/ of which so much was asked
+    found=$(grep -l "\"requested_percent\": $2" "../results/$1/"logits_*.json)
+    echo "$1/$(basename "$found" .json).pkl"
+}
 NETWORKS=0 SHARES=0.7 RULES=positions ../experiments/rules.sh resnet56
 export_ resnet56 cifar10_jpeg/resnet56/baseline/0/0/logits_best.pkl resnet56_dense
 export_ resnet56 cifar10_before/positions/0_0/0/logits_70.00.pkl resnet56_blocks_70
-for network in resnet56 vgg16; do
-    [ -f "../results/cifar10_jpeg/$network/baseline/0/0/logits_best.pkl" ] || continue
-    RULES=cmi ../experiments/channels.sh $network
-    export_ $network "$(ls "$(dirname "$PWD")/results/channels/$network/0/cmi/0/0/"logits_*.pkl)" ${network}_channels
-done
+channels() { # NETWORK PERCENT: of the multiply-adds
+    RULES=cmi SHARES=0.$2 ../experiments/channels.sh "$1"
+    export_ "$1" "$(pruned "channels/$1/0/cmi/0/0" "$2")" "$1_channels_$2"
+}
+channels resnet56 50
+if [ -f ../results/cifar10_jpeg/vgg16/baseline/0/0/logits_best.pkl ]; then
+    NETWORKS=0 SHARES=0.8346 RULES=positions ../experiments/rules.sh vgg16
+    export_ vgg16 "$(pruned cifar10_vgg16_before/positions/0_0/0 83.46)" vgg16_blocks_83
+    channels vgg16 50
+    channels vgg16 70
+fi
 for given in ${FILES:-}; do
     export_ "${given%%=*}" "${given#*=}" "${given%%=*}_of_another_program"
 done
