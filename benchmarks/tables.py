@@ -163,7 +163,7 @@ def kernels_table(benchmarks: list[dict]) -> str:
                 "network": row["network"],
                 "signal to noise": "as it is" if row["times_snr"] == 1 else f"x {row['times_snr']:g}",
                 "largest score (nats)": f"{row['largest_score']:.2g}",
-                "rank correlation": f"{row['rank_correlation']:.5f}",
+                "1 - rank correlation": f"{1 - row['rank_correlation']:.0e}",
                 **{f"other choices at {s} % (%)": f"{100 * row[f'other_0.{s[0]}']:.2f}" for s in ("50", "70", "90")},
             }
             for benchmark in benchmarks
