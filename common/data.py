@@ -43,7 +43,8 @@ class Split:
 
     def batches(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (float32 images, labels) of every row once, in order; of several processes each gets its part."""
-        size = batch_size or max(1, EVALUATED_PIXELS[self.labels.device.type] // self.images[0, 0].numel())
+        most = EVALUATED_PIXELS[self.labels.device.type] // self.images[0, 0].numel()
+        size = batch_size or max(2 * parallel.size(), most)  # batch norm has no variance of one
         for rows in torch.arange(len(self), device=self.labels.device).split(size):
             rows = parallel.shard(rows)
             yield self._floats(self.images[rows]), self.labels[rows]

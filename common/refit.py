@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from common import parallel
 from common.activations import draw_positions, forward_hooks, rows_at, run_order, windows
 from common.data import FileSplit, Split
+from common.errors import InputError
 from common.masks import Mask, plain_layer
 
 RIDGE = 1e-3  # of the inputs' mean square
@@ -57,10 +58,15 @@ def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileS
 
 @torch.no_grad()
 def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit | None) -> nn.Module:
-    """Set the running statistics of batch norm, if any, to the means over the split's batches; returns the network."""
+    """Set the running statistics of batch norm, if any, to the means over the split's batches; returns the network.
+
+    An InputError if there are fewer than two images.
+    """
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     if not norms:  # then no images are needed, and `split` may be None
         return network.eval()
+    if len(split) < 2:
+        raise InputError(f"statistics of batch norm cannot be taken from {len(split)} images; legal: 2 or more")
     network.eval()
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -11,6 +11,7 @@ from torch import nn
 from common import masks, refit
 from common.activations import output_sensitivity
 from common.data import Split
+from common.errors import InputError
 
 
 @pytest.fixture
@@ -151,6 +152,20 @@ def test_a_last_batch_of_one_image_is_left_out():
     with torch.no_grad():
         values = net[1](images[:-1].flatten(1).float() / 255)
     torch.testing.assert_close(net[2].running_mean, values.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_large_images_come_in_batches_that_have_a_variance():
+    """One of 400 x 400 pixels is more than an evaluation takes at once; of one image altogether there is none."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, stride=50), nn.BatchNorm2d(2))
+    split = Split(torch.randint(0, 256, (6, 1, 400, 400), dtype=torch.uint8), torch.arange(6))
+    refit.recalibrate_batch_norm(net, split)
+    with torch.no_grad():
+        maps = net[0](split.images.float() / 255)
+    torch.testing.assert_close(net[1].running_mean, maps.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(InputError, match="cannot be taken from 1 images; legal: 2 or more"):
+        refit.recalibrate_batch_norm(net, split[torch.arange(1)])
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
 def test_without_batch_norm_there_is_nothing_to_recalibrate():
