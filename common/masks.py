@@ -46,12 +46,19 @@ def contiguous_groups(units: int, groups: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of one layer's weight: rows grouped by `child_groups` (c,), columns by `parent_groups` (p,)."""
+    """The blocks of one layer's weight: rows grouped by `child_groups` (c,), columns by `parent_groups` (p,).
+
+    Labels are any integers; groups count in their ascending order, from 0 without gaps, as in `layer_cmi`.
+    """
 
     child_groups: np.ndarray
     parent_groups: np.ndarray
     kernel: int = 1  # weights per (output, input) connection: k * k of a convolution
     positions: int = 1  # what each of its weights counts towards a pruned share: 1, or its multiply-adds for an image
+
+    def __post_init__(self) -> None:
+        for name in ("child_groups", "parent_groups"):
+            object.__setattr__(self, name, np.unique(getattr(self, name), return_inverse=True)[1])
 
     @property
     def weights(self) -> np.ndarray:

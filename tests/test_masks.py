@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from common import masks
+from common.cmi import layer_cmi
 from common.errors import InputError
 
 
@@ -46,6 +47,22 @@ def test_correlated_groups_are_even_and_complete(rng, units, groups):
     assert len(sizes) == groups
     assert sizes.sum() == units
     assert sizes.max() - sizes.min() <= 1
+
+
+def test_blocks_count_groups_as_scores_do(net, rng):
+    """Whatever integers label them: the mask of scores is that of labels from 0 without gaps."""
+    children, parents = rng.permutation(np.arange(10) % 3), rng.permutation(np.arange(6) % 2)
+    units = rng.normal(size=(50, 6))
+    outputs, found = units @ rng.normal(size=(6, 10)) + rng.normal(size=(50, 10)), []
+    for first, step, kind in ((0, 1, np.int64), (1, 1, np.int32), (-1, 1, np.int64), (3, 7, np.uint64)):
+        labels = [(first + step * groups).astype(kind) for groups in (children, parents)]
+        scores, blocks = layer_cmi(outputs, units, *labels, estimator="gaussian"), masks.Blocks(*labels, 9)
+        kept = masks.select([scores], [blocks.weights], 0.5, [1])[0]
+        mask = masks.Mask.of_blocks({"conv.weight": kept}, {"conv.weight": blocks}, net)
+        magnitude = masks.rank("magnitude", net, {"conv.weight": blocks}, None)["conv.weight"]
+        found.append((mask["conv.weight"], torch.from_numpy(magnitude)))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
 
 
 def random_layers(rng, ties=False):
