@@ -1,7 +1,7 @@
 """Groups of units, blocks of weights between groups, and the mask that keeps pruned blocks at zero."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse
@@ -108,8 +108,8 @@ def correlated_blocks(blocks: Blocks, children: np.ndarray, parents: np.ndarray)
     parents = np.asarray(parents).reshape(len(parents), len(blocks.parent_groups), -1).swapaxes(1, 2)
     units = np.asarray(children), parents.reshape(-1, len(blocks.parent_groups))
     counts = (len(np.unique(groups)) for groups in (blocks.child_groups, blocks.parent_groups))
-    labels = (correlated_groups(values, count) for values, count in zip(units, counts, strict=True))
-    return Blocks(*labels, blocks.kernel)
+    child_groups, parent_groups = map(correlated_groups, units, counts)
+    return replace(blocks, child_groups=child_groups, parent_groups=parent_groups)
 
 
 def correlated_groups(units: np.ndarray, groups: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 import hashlib
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -192,7 +192,7 @@ def load(
             raise InputError(f"{path} does not put {len(wanted)} units into {count} groups; {remedy}")
     if scores.shape != expected.weights.shape or not np.isfinite(scores).all():
         raise InputError(f"{paths[0]} does not hold {expected.weights.shape} finite scores; {remedy}")
-    return scores, Blocks(child_groups, parent_groups, expected.kernel), record
+    return scores, replace(expected, child_groups=child_groups, parent_groups=parent_groups), record
 
 
 def _fingerprint(*parts) -> str:

@@ -32,11 +32,11 @@ def test_units_that_correlate_share_a_group(rng):
     units = rng.normal(size=(500, 8))[:, signal] * rng.choice([-5, 1], 24) + 0.1 * rng.normal(size=(500, 24))
     labels = masks.correlated_groups(units, 8)
     assert all(len(set(labels[signal == k])) == 1 for k in range(8))
-    blocks = masks.Blocks(np.arange(10), masks.contiguous_groups(24, 8), 9)
+    blocks = masks.Blocks(np.arange(10), masks.contiguous_groups(24, 8), 9, 64)
     found = masks.correlated_blocks(blocks, rng.normal(size=(500, 10)), units)
     assert found.child_groups.tolist() == list(range(10))
     assert (found.parent_groups == labels).all()
-    assert found.kernel == 9
+    assert found.cost.sum() == 10 * 24 * 9 * 64
 
 
 @pytest.mark.parametrize(("units", "groups"), [(500, 250), (30, 7), (7, 7), (5, 1)])
