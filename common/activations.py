@@ -104,11 +104,11 @@ def output_positions(network: nn.Module, split: Split | FileSplit) -> dict[str, 
     counts = dict.fromkeys(layers, 0)
 
     def count(key: str, _, output: Tensor) -> None:
-        counts[key] += output.numel() // len(output) // len(layers[key].weight)
+        counts[key] += output.numel() // len(layers[key].weight)
 
     with forward_hooks(network, list(layers), count):
-        _try(network, [], split)
-    return counts
+        *_, images = _try(network, [], split)
+    return {key: positions // images for key, positions in counts.items()}
 
 
 @torch.no_grad()

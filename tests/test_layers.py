@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import model_of
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import activations, masks, refit
 from common.data import Split
@@ -376,6 +377,26 @@ def test_the_last_layer_is_the_one_that_gives_the_outputs(split):
     assert activations.output_layer(maps, split) == "1.weight"
     assert activations.output_layer(nn.Sequential(nn.Flatten(), nn.Linear(128, 3), nn.Softmax(1)), split) == "1.weight"
     assert activations.output_layer(nn.Sequential(nn.Linear(8, 8), nn.Flatten()), split) is None
+
+
+class Words(nn.Module):
+    """A linear layer on words: images first, words first, or all words of all images as rows."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order, self.words, self.head = order, nn.Linear(2, 3), nn.Linear(192, 3)
+
+    def forward(self, x):
+        return self.head(self.words(self.order(x.flatten(2).mT)).flatten().reshape(len(x), -1))
+
+
+@pytest.mark.parametrize("order", [lambda x: x, lambda x: x.transpose(0, 1), lambda x: x.flatten(0, 1)])
+def test_weights_are_used_as_often_as_torch_counts_multiplications(order, split):
+    network = Words(order)
+    assert activations.output_positions(network, split) == {"words.weight": 64, "head.weight": 1}
+    with FlopCounterMode(display=False) as flops:
+        network(split.images[:1] / 255)
+    assert flops.get_total_flops() // 2 == 64 * 6 + 3 * 192
 
 
 def test_a_refit_follows_the_network_not_the_names(split):
