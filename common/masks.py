@@ -328,11 +328,14 @@ class Mask(dict):
         a masked weight is gone before the next forward pass. The weights' bits are multiplied as integers: NaN becomes
         +0 too.
         """
-        weights = [network.get_parameter(key).detach() for key in self]
-        bits = [weight.view(getattr(torch, f"int{8 * weight.itemsize}")) for weight in weights]
-        kept = [torch.empty_like(own).copy_(self[key]) for key, own in zip(self, bits, strict=True)]
-        if bits:
-            optimizer.register_step_post_hook(lambda *_: torch._foreach_mul_(bits, kept))  # all layers at once
+        weights = [network.get_parameter(key) for key in self]
+
+        def bits() -> list[Tensor]:  # where the weights are now: in another memory format they lie elsewhere
+            return [weight.detach().view(getattr(torch, f"int{8 * weight.itemsize}")) for weight in weights]
+
+        kept = [torch.empty_like(own).copy_(self[key]) for key, own in zip(self, bits(), strict=True)]
+        if kept:
+            optimizer.register_step_post_hook(lambda *_: torch._foreach_mul_(bits(), kept))  # all layers at once
 
     def pruned_by_layer(self) -> dict[str, float]:
         """Percentage of every masked layer's weights that is pruned."""

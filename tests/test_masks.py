@@ -280,6 +280,18 @@ def test_no_masked_weight_grows_back(net, optimizer):
             assert not torch.signbit(weight[~kept]).any()
 
 
+@pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"memory_format": torch.channels_last}])
+def test_no_masked_weight_grows_back_where_the_network_is_converted_later(net, change):
+    opt = torch.optim.SGD(net.parameters(), 0.5, weight_decay=0.1)
+    _, mask = masked(net)
+    mask.hold(net, opt)
+    images = torch.randn(8, 6, 5, 5).to(**change)
+    net.to(**change)(images).square().sum().backward()
+    opt.step()
+    for key, kept in mask.items():
+        assert torch.equal(net.get_parameter(key) != 0, kept)
+
+
 def test_controls_prune_each_layer_as_the_scores_do(net, rng):
     scores = {"conv.weight": rng.normal(size=(3, 4)) + 1, "final.weight": rng.normal(size=(4, 5))}
     shares = {}
