@@ -216,8 +216,7 @@ def select(
         If the maxima do not allow the sparsity, more is gone already, or a score is not a number.
     """
     flat = np.concatenate([s.ravel() for s in scores])
-    if np.isnan(flat).any():
-        raise InputError("scores hold NaN")
+    _check(flat, sparsity, *max_sparsity)
     rest = weights if rest is None else rest
     size, total = np.concatenate([w.ravel() for w in rest]), sum(w.sum() for w in weights)
     layer = np.repeat(np.arange(len(scores)), [s.size for s in scores])
@@ -242,6 +241,14 @@ def select(
     return [part.reshape(s.shape) for part, s in zip(np.split(kept, ends), scores, strict=True)]
 
 
+def _check(scores: np.ndarray, *shares: float) -> None:
+    if np.isnan(scores).any():
+        raise InputError("scores hold NaN")
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise InputError(f"a share of weights is {share:g}; legal: 0 to 1")
+
+
 def select_balanced(
     scores: np.ndarray, weights: np.ndarray, sparsity: float, rest: np.ndarray | None = None
 ) -> np.ndarray:
@@ -261,8 +268,7 @@ def select_balanced(
     -------
     Boolean (H, G), True where a block is kept; the sparsity is reached and exceeded by less than one block.
     """
-    if np.isnan(scores).any():
-        raise InputError("scores hold NaN")
+    _check(scores, sparsity)
     shuffled = np.random.default_rng(0).permutation(scores.size)
     order = shuffled[::-1]
     order = order[np.argsort(scores.ravel()[order], kind="stable")][::-1]  # unsigned scores have no negative

@@ -170,6 +170,18 @@ def test_nan_is_refused(choose):
         choose(np.array([[np.nan]]), np.ones((1, 1), int))
 
 
+@pytest.mark.parametrize("share", [np.nan, 50, -0.1])
+def test_shares_that_are_none_are_refused(rng, share):
+    scores, weights = rng.normal(size=(4, 5)), np.ones((4, 5), int)
+    for choose in (
+        lambda: masks.select([scores], [weights], share, [1]),
+        lambda: masks.select([scores], [weights], 0.5, [share]),
+        lambda: masks.select_balanced(scores, weights, share),
+    ):
+        with pytest.raises(InputError, match=f"a share of weights is {share:g}; legal: 0 to 1"):
+            choose()
+
+
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint64, np.int8, np.int64, np.float16, np.float32])
 def test_scores_of_any_numeric_type_select_the_same(rng, kind):
     scores, weights = rng.permutation(20).reshape(4, 5), np.ones((4, 5), int)
