@@ -382,7 +382,7 @@ def memory(modules: list[nn.Module]) -> float:
     for module in modules:
         if isinstance(module, nn.modules.batchnorm._NormBase):
             continue
-        for tensor in module.parameters(recurse=False):
+        for tensor in map(torch.atleast_1d, module.parameters(recurse=False)):
             file = io.BytesIO()
             scipy.sparse.save_npz(
                 file, scipy.sparse.csr_matrix(tensor.detach().float().cpu().reshape(len(tensor), -1).numpy())

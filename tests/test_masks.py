@@ -402,3 +402,8 @@ def test_memory_is_the_papers():
     torch.manual_seed(0)
     assert masks.memory([nn.Linear(500, 300)]) == pytest.approx(0.537, rel=0.02)
     assert masks.memory([nn.BatchNorm2d(100)]) == 0
+
+
+def test_memory_of_a_single_number():
+    one, scalar = (nn.ParameterList([torch.ones(shape)]) for shape in (1, ()))
+    assert masks.memory([scalar]) == masks.memory([one]) > 0
