@@ -193,6 +193,8 @@ class _Graph:
             return flat
         if name == "mean":
             return len(node.args) > 1 and all(axis % len(first) > 1 for axis in node.args[1] or [0])
+        if "pool" in name and len(first) != 2 + int(name[-2]):  # without an axis for images: the second is pooled
+            return False
         if name == NORM:
             return node.args[5] is False and len(sources) == 1
         return not attributes and all(len(other) == len(one) and other[1] == one[1] for other in shapes[1:])

@@ -139,6 +139,29 @@ def test_sums_lose_what_all_their_parts_can_spare():
     assert not shrunk(network, torch.randn(4, 1, 5, 5))[1]["layers"]
 
 
+class Between(nn.Module):
+    """Two layers, and a function of the first one's maps or vectors between them."""
+
+    def __init__(self, first, between, second):
+        super().__init__()
+        self.first, self.between, self.second = first, between, second
+
+    def forward(self, images):
+        return self.second(self.between(self.first(images))).flatten(1)
+
+
+@pytest.mark.parametrize("pool", ["max_pool", "avg_pool"])
+def test_pooling_along_the_channels_keeps_what_is_pooled_with_others(pool):
+    """As torch reads a tensor that lacks an axis: vectors (images, features), sequences (images, channels, length)."""
+    vectors = Between(nn.Linear(6, 8), lambda x: getattr(nn.functional, f"{pool}1d")(x, 3, 1, 1), nn.Linear(8, 3))
+    maps = Between(nn.Conv1d(2, 8, 1), lambda x: getattr(nn.functional, f"{pool}2d")(x, 3, 1, 1), nn.Conv1d(8, 3, 1))
+    for network, images, axes in ((vectors, torch.randn(4, 6), 1), (maps, torch.randn(4, 2, 5), 2)):
+        with torch.no_grad():
+            network.second.weight[:, :3] = 0
+        notes = [f"3 idle channels stay: needed by {pool}{axes}d"]
+        assert shrunk(network, images)[1] == {"layers": {}, "notes": notes}
+
+
 def test_what_goes_takes_others_with_it():
     """The last of three layers reads one unit: of the two before only what leads there is left; one stays."""
     network = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 3))
