@@ -206,7 +206,7 @@ class _Graph:
         return owned and len(self.shapes.get(read, ())) == axes and node.args[6:7] in ((), (1,))
 
     def _channels(self, space: _Space) -> int:
-        return min(self.shapes[value][1] for value in space.values)  # others are flattened maps
+        return math.gcd(*(self.shapes[value][1] for value in space.values))  # of maps, and of flattened maps
 
     def _tensor(self, node: fx.Node) -> Tensor:
         owner, _, name = node.target.rpartition(".")

@@ -162,6 +162,26 @@ def test_pooling_along_the_channels_keeps_what_is_pooled_with_others(pool):
         assert shrunk(network, images)[1] == {"layers": {}, "notes": notes}
 
 
+class Flattened(nn.Module):
+    """A sum of 4 maps of 9 positions and 6 maps of 6."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.last = nn.Conv2d(1, 4, 2), nn.Conv2d(1, 6, (2, 3)), nn.Linear(36, 3)
+
+    def forward(self, images):
+        return self.last(self.a(images).flatten(1) + self.b(images).flatten(1))
+
+
+def test_flattened_maps_of_other_sizes_lose_what_both_can_spare():
+    network = Flattened()
+    with torch.no_grad():
+        network.last.weight[:, :18] = 0
+    weights, _ = shrunk(network, torch.randn(4, 1, 4, 4))
+    assert [len(weights[f"{name}.weight"]) for name in "ab"] == [2, 3]
+    assert weights["last.weight"].shape[1] == 18
+
+
 def test_what_goes_takes_others_with_it():
     """The last of three layers reads one unit: of the two before only what leads there is left; one stays."""
     network = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 3))
