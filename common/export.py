@@ -43,8 +43,11 @@ BATCHES, ROUNDS = (1, 64), 3  # images in what is timed; how often at least, aft
 
 def trace(network: nn.Module, images: Tensor) -> ExportedProgram:
     """The network, in evaluation mode, as a graph of torch's operations, for any number of such images."""
+    if not isinstance(network, fx.GraphModule):  # whose mode is fixed
+        network.eval()
+    two = images[torch.arange(2) % len(images)]  # a dimension of 1 would count as fixed
     try:
-        program = torch.export.export(network, (images[:2].clone(),), dynamic_shapes=({0: Dim.DYNAMIC},))
+        program = torch.export.export(network, (two,), dynamic_shapes=({0: Dim.DYNAMIC},))
     except Exception as error:  # whatever the network's code leads torch to
         raise InputError(f"torch.export cannot follow the network ({reason(error)})") from error
     for node in program.graph.nodes:  # files hold no traces of where the code lay, half of their size

@@ -182,6 +182,12 @@ def test_flattened_maps_of_other_sizes_lose_what_both_can_spare():
     assert weights["last.weight"].shape[1] == 18
 
 
+def test_a_network_is_traced_in_evaluation_mode_and_from_one_image():
+    network, image = nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.BatchNorm1d(8)).train(), torch.randn(1, 6)
+    found = export.trace(network, image).module()(image)
+    torch.testing.assert_close(found, network.eval()(image))
+
+
 def test_what_goes_takes_others_with_it():
     """The last of three layers reads one unit: of the two before only what leads there is left; one stays."""
     network = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 3))
