@@ -149,7 +149,7 @@ class _Graph:
         for node in self.nodes:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.get)
             if node.op in ("placeholder", "get_attr"):
-                value = images if node.op == "placeholder" else self._tensor(node)
+                value = images if node.op == "placeholder" else self._tensor(node).clone()  # may be changed in place
             elif node.op == "output":
                 break
             elif self._is_layer(node):

@@ -188,6 +188,31 @@ def test_a_network_is_traced_in_evaluation_mode_and_from_one_image():
     torch.testing.assert_close(found, network.eval()(image))
 
 
+class Counts(nn.Module):
+    """Changes a buffer in place whenever it runs, and what it returns depends on that."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, images):
+        self.runs.add_(1).copy_(self.runs.fmod(3))
+        return self.second(self.first(images).relu()) * self.runs
+
+
+def test_buffers_stay_as_they_are():
+    network, images = Counts(), torch.randn(4, 6)
+    with torch.no_grad():
+        network.second.weight[:, :3] = 0
+        program = export.trace(network, images)
+        before = [buffer.clone() for buffer in program.buffers()]
+        small, _ = export.shrink(program, images)
+        torch.testing.assert_close([list(program.buffers()), list(small.buffers())], [before, before])
+        weights = dict(small.named_parameters())
+    assert weights["first.weight"].shape == (5, 6)
+
+
 def test_what_goes_takes_others_with_it():
     """The last of three layers reads one unit: of the two before only what leads there is left; one stays."""
     network = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 3))
