@@ -145,7 +145,7 @@ class _Graph:
 
     @torch.no_grad()
     def _run(self, images: Tensor) -> None:
-        values = {}
+        values, parts = {}, {}  # parts: by the memory of what became unknown what it was, maybe a view of another
         for node in self.nodes:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.get)
             if node.op in ("placeholder", "get_attr"):
@@ -159,8 +159,14 @@ class _Graph:
                 value = node.target(*args, **kwargs)
                 tensors = [value, *(a for a in args if isinstance(a, Tensor))]
                 apart = _name(node) in APART and all(t.is_floating_point() for t in tensors)
-                if isinstance(value, Tensor) and value.is_floating_point() and not apart:
-                    value = args[0].fill_(math.nan) if "_." in str(node.target) else torch.full_like(value, math.nan)
+                floating = isinstance(value, Tensor) and value.is_floating_point()
+                if floating and "_." in str(node.target):
+                    changed = value if apart else value.fill_(math.nan)
+                    while (changed := parts.pop(_memory(changed), None)) is not None:
+                        changed.fill_(math.nan)
+                elif floating and not apart:
+                    seen, value = value, torch.full_like(value, math.nan)
+                    parts[_memory(value)] = seen
             values[node] = value
             if isinstance(value, Tensor) and node.op != "get_attr":
                 self.shapes[node] = value.shape
@@ -229,6 +235,10 @@ class _Graph:
                 bias = self.module.graph.get_attr(f"{owner}.folded_bias".removeprefix("."))
             layer.args = (*layer.args[:2], bias, *layer.args[3:])
         self._set(bias, self._tensor(bias) + added)
+
+
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def _name(node: fx.Node) -> str:

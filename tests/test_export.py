@@ -188,6 +188,21 @@ def test_a_network_is_traced_in_evaluation_mode_and_from_one_image():
     torch.testing.assert_close(found, network.eval()(image))
 
 
+@pytest.mark.parametrize("part", [lambda x: x[:, 0], lambda x: x.transpose(1, 2)[..., 1:, :, 1:]])
+def test_what_is_changed_in_place_through_a_view_is_unknown(part):
+    """Channel 0 is -1, as long as nothing is added to a part of it; the second layer's channel 0 reads that alone."""
+
+    def change(x):
+        part(x).add_(torch.ones(()))
+        return x
+
+    network = Between(nn.Conv2d(1, 4, 1), change, nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1)))
+    with torch.no_grad():
+        network.first.weight[0], network.first.bias[0] = 0, -1
+        network.second[0].weight[0] = torch.tensor([1.0, 0, 0, 0])[:, None, None]
+    shrunk(network, torch.randn(4, 1, 3, 3))
+
+
 class Counts(nn.Module):
     """Changes a buffer in place whenever it runs, and what it returns depends on that."""
 
