@@ -35,6 +35,10 @@ class Split:
     mean: Tensor | None = None  # (channels, 1, 1) of images in [0, 1], to normalise by; None: batches are in [0, 1]
     std: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if getattr(self.images, "dtype", torch.uint8) != torch.uint8:  # would be divided by 255 all the same
+            raise InputError(f"the images of a split are of {self.images.dtype}; legal: torch.uint8, from 0 to 255")
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -112,6 +112,13 @@ def test_augmentation_is_torchvisions(rng):
         assert torch.equal(found[k], functional.horizontal_flip(expected) if mirrored[k] else expected)
 
 
+@pytest.mark.parametrize("images", [torch.rand(5, 1, 4, 4), torch.randint(0, 9, (5, 1, 4, 4))])
+def test_images_of_another_scale_are_refused(images):
+    """Numbers from 0 to 1 would be divided by 255, as those from 0 to 255 are."""
+    with pytest.raises(InputError, match=f"the images of a split are of {images.dtype}; legal: torch.uint8"):
+        Split(images, torch.arange(5))
+
+
 def test_augmentation_is_drawn_uniformly():
     """A single bright pixel shows where each image went: all 81 shifts, mirrored or not, equally often."""
     images = torch.zeros(16200, 1, 16, 16, dtype=torch.uint8)
