@@ -258,6 +258,8 @@ def block_taylor(network: nn.Module, blocks: dict[str, Blocks], split: Split | F
     return {key: (parallel.all_reduce(total) / count).cpu().numpy() for key, total in sums.items()}
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _gradients(network: nn.Module, keys: list[str], split: Split | FileSplit, objective: Callable) -> Iterator[tuple]:
     """For every batch the layers' outputs, with the network's under None, and objective(logits, labels)'s gradients."""
     run_order(network, keys, split)

@@ -237,6 +237,19 @@ def test_sensitivity_of_layers_that_are_frozen_or_reach_no_output(split):
         activations.output_sensitivity(network, keys, split)
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_slopes_are_taken_also_where_the_caller_takes_none(off, split):
+    network = built(flat(nn.Conv2d(2, 6, 3)), split)
+    blocks = {"1.weight": masks.contiguous_blocks(network, "1.weight", 2, 2)}
+    slopes = activations.output_sensitivity(network, ["1.weight"], split)
+    changes = activations.block_taylor(network, blocks, split)
+    with off():
+        again = activations.output_sensitivity(network, ["1.weight"], split)
+        np.testing.assert_array_equal(again["1.weight"], slopes["1.weight"])
+        np.testing.assert_array_equal(activations.block_taylor(network, blocks, split)["1.weight"], changes["1.weight"])
+        assert not torch.is_grad_enabled()
+
+
 class Reused(nn.Module):
     def __init__(self):
         super().__init__()
