@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from common import artifacts, records
 from common.cmi import RESUMABLE, layer_cmi
+from common.cmi.inputs import MIN_ROWS
 from common.errors import InputError, reason
 from common.masks import Blocks
 
@@ -70,7 +71,8 @@ class Estimator:
         try:
             return self._resumed(name, *inputs)
         except ValueError as error:
-            raise InputError(f"{self.state_file.stem}: {reason(error)}; try more `samples_per_class`") from error
+            more = "; try more `samples_per_class`" * (len(children) < MIN_ROWS)
+            raise InputError(f"{self.state_file.stem}: {reason(error)}{more}") from error
 
     def _resumed(self, name: str, *inputs: np.ndarray) -> np.ndarray:
         if self.options.get("estimator") not in RESUMABLE:

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 
 from common.cmi import ESTIMATORS, cmi, inputs, kde, layer_cmi
 from common.cmi.inputs import check_samples, standardise
+from common.errors import InputError
+from common.masks import Blocks
+from common.scoring import Estimator
 
 SMOOTH = ("kde", "knn", "gaussian")
 
@@ -311,3 +315,11 @@ def test_the_two_sides_are_alike(rng, estimator):
     x, y, z = (np.maximum(part + rng.normal(size=(200, 1)), 0) for part in dependent(rng, 200))
     tolerance = 1e-9 if estimator != "kde" else 0.2  # kde gives X and Y kernels of different widths
     assert cmi(x, y, z, estimator=estimator) == pytest.approx(cmi(y, x, z, estimator=estimator), abs=tolerance)
+
+
+@pytest.mark.parametrize(("rows", "options", "advice"), [(2, {}, True), (40, {"shrinkage": 2}, False)])
+def test_more_images_are_advised_only_where_they_are_few(rng, rows, options, advice):
+    estimate = Estimator(Path("none"), Blocks([0, 1], [0, 0, 1]), {"estimator": "gaussian", **options})
+    with pytest.raises(InputError) as error:
+        estimate(rng.normal(size=(rows, 2)), rng.normal(size=(rows, 3)))
+    assert ("try more `samples_per_class`" in str(error.value)) == advice
