@@ -350,7 +350,7 @@ class Mask(dict):
     def percent_pruned(self, of: int | None = None) -> float:
         """Percentage of the masked layers' weights that is pruned, or of so many weights."""
         pruned = sum(int((~kept).sum()) for kept in self.values())
-        return 100 * pruned / (of or sum(kept.numel() for kept in self.values()))
+        return 100 * pruned / (of or sum(kept.numel() for kept in self.values()) or 1)  # of a dense network 0
 
 
 def sparsity_report(network: nn.Module, mask: Mask) -> dict:

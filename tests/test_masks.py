@@ -397,6 +397,11 @@ def test_sparsity_is_the_mask_s(net):
     assert report["kept_weights_that_are_0"] == int(mask["conv.weight"].sum())
 
 
+def test_nothing_is_pruned_of_a_dense_network(net):
+    report = masks.sparsity_report(net, masks.Mask.of_checkpoint({}, net))
+    assert report["pruned_percent_masked_layers"] == report["pruned_percent_network"] == 0
+
+
 def test_memory_is_the_papers():
     """fc2 of the dense MLP: 0.537 MiB in the paper, which is random weights to a compressor."""
     torch.manual_seed(0)
