@@ -182,4 +182,6 @@ def _to_cpu(value):
         return value.detach().cpu().clone()  # alone in its storage, in the layout that a resumed optimizer needs
     if isinstance(value, dict):
         return {key: _to_cpu(item) for key, item in value.items()}
-    return value
+    if isinstance(value, list):
+        return [_to_cpu(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value  # what weights_only would not read

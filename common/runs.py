@@ -22,7 +22,7 @@ from common.training import Metrics, evaluate
 
 TOLERANCE = {"val": 1.0, "last": 0.0, "test": 0.0}  # standard errors; see `Run.log`
 # formats, by the last part of a figure's name
-SHOWN = {"lr": ".4g", "loss": ".4f", "accuracy": ".2f", "seconds": ".1f", "epoch": "d"}
+SHOWN = {"lr": ".4g", "loss": ".4f", "accuracy": ".2f", "seconds": ".1f", "epoch": ".0f"}
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ class Run:
             images = f"{len(self.data.train):,} training images"
             print(f"{self.best.parent}: seed {self.seed}, {images}, {self.data.device}{begun}")
         for epoch in range(len(self.lines) + 1, count + 1):
-            self.epoch, self.began, self.rate = epoch, time.perf_counter(), optimizer.param_groups[0]["lr"]
+            self.epoch, self.began, self.rate = epoch, time.perf_counter(), float(optimizer.param_groups[0]["lr"])
             torch.manual_seed(self.seed_of(epoch) + parallel.rank())
             yield epoch
             if len(self.lines) != epoch:
@@ -95,6 +95,7 @@ class Run:
         if selected is not None:
             line |= {"val_loss": selected.loss, "val_accuracy": selected.accuracy}
         line |= {**more, "seconds": round(time.perf_counter() - self.began, 3)}
+        line = {name: value.item() if hasattr(value, "item") else value for name, value in line.items()}  # plain numbers
         if not all(math.isfinite(value) for value in line.values()):
             self._diverge()
         self.lines.append(line)

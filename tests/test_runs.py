@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -258,6 +259,30 @@ def test_further_figures_have_a_column_and_are_recorded(tmp_path, data, capsys):
     titles, row = capsys.readouterr().out.splitlines()[1:3]
     assert "kept_percent" in titles
     assert "12.5" in row
+
+
+def test_a_run_whose_numbers_are_numpy_s_or_torch_s_goes_on(tmp_path, data):
+    """Figures, the rate and what a schedule notes of it."""
+
+    def train(stop):
+        network = convolutional()
+        optimizer = torch.optim.Adam(network.parameters(), torch.tensor(0.5))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.float64(1 / (1 + step)))
+        with begin(tmp_path, data) as run:
+            for epoch in run.epochs(3, network, optimizer, schedule):
+                run.next_save = 0.0
+                if epoch == stop:
+                    return None
+                optimizer.step()
+                schedule.step()
+                figures = {"norm": network[0].weight.norm(), "share": np.float64(0.5), "stop_epoch": np.float32(7)}
+                run.log(Metrics(50.0, 1.0), Metrics(50.0, 1.0), **figures)
+            return run.finish(network, data.test)
+
+    train(stop=3)
+    lines = train(stop=None)["epochs"]
+    assert [line["lr"] for line in lines] == pytest.approx([1 / 2, 1 / 4, 1 / 6])
+    assert all((line["share"], line["stop_epoch"]) == (0.5, 7) and line["norm"] > 0 for line in lines)
 
 
 def test_a_mask_is_in_the_checkpoint_and_its_weights_are_zero(tmp_path, data):
