@@ -66,9 +66,14 @@ class Run:
         """What fixes an epoch's randomness."""
         return derived_seed(self.seed, epoch)
 
-    def epochs(self, count: int, network: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> Iterator[int]:
-        """Yield the epochs that are left, from 1 on or from where a killed run was; the objects go back there."""
-        self.parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
+    def epochs(
+        self, count: int, network: nn.Module, optimizer: Optimizer, schedule: LRScheduler, **more
+    ) -> Iterator[int]:
+        """Yield the epochs that are left, from 1 on or from where a killed run was; the objects go back there.
+
+        `network` is what is kept; `more` by name: what else has a state_dict that the loop changes.
+        """
+        self.parts = {"network": network, "optimizer": optimizer, "schedule": schedule, **more}
         self._restore()
         if count == 0:
             self._keep({"epoch": 0})
@@ -95,7 +100,7 @@ class Run:
         if selected is not None:
             line |= {"val_loss": selected.loss, "val_accuracy": selected.accuracy}
         line |= {**more, "seconds": round(time.perf_counter() - self.began, 3)}
-        line = {name: value.item() if hasattr(value, "item") else value for name, value in line.items()}  # plain numbers
+        line = {name: value.item() if hasattr(value, "item") else value for name, value in line.items()}
         if not all(math.isfinite(value) for value in line.values()):
             self._diverge()
         self.lines.append(line)

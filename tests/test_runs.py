@@ -1,5 +1,6 @@
 """A training run: what it keeps, where it goes on, what makes it the same run."""
 
+import contextlib
 import math
 from types import SimpleNamespace
 
@@ -37,7 +38,7 @@ def begin(folder, data, record=IDENTITY, **options):
     return runs.start(folder / "logits_best.pkl", {"stage": 1, "data": data.describe(), **record}, data, **options)
 
 
-def train(run, data, epochs=4, lr=0.1, stop=None, mask=None):
+def train(run, data, epochs=4, lr=0.1, stop=None, mask=None, average=False):
     """What a stage script does; killed before the end of epoch `stop`."""
     network = parallel.place(convolutional(), data.device)
     optimizer = make_optimizer("sgd", network.parameters(), lr, 1e-4, True)
@@ -47,15 +48,20 @@ def train(run, data, epochs=4, lr=0.1, stop=None, mask=None):
     schedule = make_schedule(optimizer, "one-cycle", epochs, data.train.steps(20), [], 0.1, 0.3)
     loss = nn.CrossEntropyLoss(reduction="sum")
     run.remember("test_at_first", network)
-    for epoch in run.epochs(epochs, network, optimizer, schedule):
+    kept, more = network, {}
+    if average:
+        mean = torch.optim.swa_utils.AveragedModel(network, use_buffers=True)
+        optimizer.register_step_post_hook(lambda *_: mean.update_parameters(network))
+        kept, more = mean.module, {"trained": network, "mean": mean}
+    for epoch in run.epochs(epochs, kept, optimizer, schedule, **more):
         run.next_save = 0.0  # note every epoch
         metrics = train_epoch(network, optimizer, schedule, data.train.shuffled(20, run.seed_of(epoch)), loss)
         if epoch == stop:
             raise KeyboardInterrupt
-        run.log(metrics, evaluate(network, data.selection))
+        run.log(metrics, evaluate(kept, data.selection))
         if epoch == 1:
             run.remember("test_after_1_epoch", network)
-    return run.finish(network, data.test, last="logits_final.pkl")
+    return run.finish(kept, data.test, last="logits_final.pkl")
 
 
 def whole(folder, data, **options):
@@ -124,6 +130,16 @@ def test_going_on_gives_the_same_bytes(tmp_path, data, stop, select):
         return epochs, [record[k] for k in ("test", "test_at_first", "test_after_1_epoch")], record["best"]["epoch"]
 
     assert measured(found) == measured(again)
+
+
+def test_what_else_has_a_state_goes_on_too(tmp_path, data):
+    """Averaged weights are kept; those that are trained and the number of averages go on with them."""
+    for folder, stops in (("whole", [None]), ("killed", [3, None])):
+        for stop in stops:
+            with contextlib.suppress(KeyboardInterrupt), begin(tmp_path / folder, data) as run:
+                train(run, data, stop=stop, average=True)
+    states = [torch.load(tmp_path / name / "logits_final.pkl", weights_only=True) for name in ("whole", "killed")]
+    assert all(torch.equal(value, states[1]["state_dict"][key]) for key, value in states[0]["state_dict"].items())
 
 
 def test_without_resuming_it_starts_over(tmp_path, data, capsys):
