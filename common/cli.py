@@ -419,7 +419,7 @@ def load_given(args: argparse.Namespace, network: nn.Module, model: ModuleType) 
     if source is None:
         return
     if source != "torchvision":
-        artifacts.load_state_dict(network, artifacts.load_checkpoint(source, foreign=True)["state_dict"], source)
+        artifacts.load_weights(network, source, foreign=True)
         return
     flag, name = "Weights" if args.Weights else "Init", getattr(model, "PRETRAINED", None)
     if name is None:

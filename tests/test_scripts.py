@@ -440,14 +440,15 @@ class TestIdentity:
         assert "I_parent_cmi_fc1.weight_fc2.weight.npy was made of another checkpoint than" in said
         assert "run pruning_1b.py --key_id 0" in said
 
-    @pytest.mark.parametrize("stage", [STAGE2, STAGE3])
+    @pytest.mark.parametrize("stage", [STAGE1, STAGE2, STAGE3])
     def test_a_checkpoint_of_a_run_at_work(self, base, tmp_path, call, stage):
         copies(base / "0", tmp_path, ["logits_best.pkl"])
         known = records.read(tmp_path / "logits_best.json")
         records.write(tmp_path / "logits_best.json", {**known, "status": "running"})
         score = [STAGE2, *SCORE, "--weights_dir", tmp_path, "--key_id", "0"]
         retrain = [*prune(base, tmp_path / "out", "--Prune_per", "0.9"), "--Retrain", tmp_path / "logits_best.pkl"]
-        said = call(*(score if stage == STAGE2 else retrain), code=2)
+        given = [STAGE1, *TRAIN, "--Init", tmp_path / "logits_best.pkl", "--Save_dir", tmp_path / "out"]
+        said = call(*{STAGE1: given, STAGE2: score, STAGE3: retrain}[stage], code=2)
         assert "logits_best.pkl is of a run that is not finished; run the command that makes it again" in said
 
     def test_scores_of_a_checkpoint_that_was_made_anew(self, base, tmp_path, call):
