@@ -339,4 +339,6 @@ def _hold_out(labels: np.ndarray, val_size: int) -> tuple[Tensor, Tensor]:
     if not len(classes) <= val_size <= len(labels) - len(classes):
         raise InputError(f"`val_size` {val_size}: legal: 0, or {len(classes)} to {len(labels) - len(classes)}")
     train, val = train_test_split(rows, test_size=val_size, random_state=SPLIT_SEED, stratify=labels)
+    if lacking := set(classes.tolist()) - set(labels[train].tolist()):
+        raise InputError(f"`val_size` {val_size}: leaves no image of class {min(lacking)} to train on; legal: fewer")
     return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))

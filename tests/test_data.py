@@ -55,6 +55,18 @@ def test_impossible_validation_sizes_are_refused(size):
         load("DIGITS", "unused", val_size=size, device=CPU)
 
 
+def test_a_validation_size_that_leaves_a_class_without_images_is_refused(tmp_path, rng):
+    for part, count in (("train", 60), ("test", 2)):
+        for name, of_class in (("few", 2), ("many", count)):
+            folder = tmp_path / "cifar10" / part / name
+            folder.mkdir(parents=True)
+            for k in range(of_class):
+                Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+    with pytest.raises(InputError, match="`val_size` 58: leaves no image of class 0 to train on"):
+        load("CIFAR10", tmp_path, val_size=58, device=CPU)
+    assert set(load("CIFAR10", tmp_path, val_size=20, device=CPU).train.labels.tolist()) == {0, 1}
+
+
 def test_batches_show_every_row_once():
     split = Split(torch.arange(10, dtype=torch.uint8)[:, None, None, None] * 25, torch.arange(10))
     for batches in (split.batches(4), split.shuffled(4, seed=1)):
