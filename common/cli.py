@@ -691,6 +691,9 @@ def choose_device(index: int) -> torch.device:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: one line and exit code 2 for unusable input or means, 1 for diverged training, 130 for Ctrl-C."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started the script
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115, open as long as the process
     sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal cannot show
     try:
         with parallel.processes():

@@ -118,6 +118,21 @@ def test_a_terminal_that_knows_ascii_only(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(tmp_path, closed):
+    command = [sys.executable, *map(str, ONE_EPOCH), "--Save_dir", str(tmp_path)]
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", *command],
+        cwd=ROOT / "mlp",
+        env=ENVIRONMENT,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "0" / "logits_final.json").is_file()
+
+
+@pytest.mark.slow
 def test_an_error_is_said_by_one_of_several_processes(tmp_path):
     """Also where it is not process 0 that meets it."""
     script = tmp_path / "script.py"
