@@ -121,10 +121,13 @@ DIFFERENCES = {  # what decides the result, and how a difference is said
 
 
 def code_of(script: Path) -> dict:
-    """The code that runs, as entries of a record: the script and all it imported from its folder, and common/."""
+    """The code that runs, as entries of a record: the script and all it imported from below its folder, and common/."""
     modules = {Path(m.__file__).resolve() for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
-    own = sorted({script} | {file for file in modules if file.parent == script.parent and file.is_file()})
-    return {"code": {path.name: syntax_hash(path) for path in own}, "common": common_hash()}
+    folder = script.parent
+    there = {file for file in modules if folder in file.parents and "site-packages" not in file.parts}
+    own = sorted({script} | {file for file in there if file.suffix == ".py" and file.is_file()})
+    code = {path.relative_to(folder).as_posix(): syntax_hash(path) for path in own}
+    return {"code": code, "common": common_hash()}
 
 
 @cache

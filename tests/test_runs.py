@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -342,5 +343,9 @@ class TestCode:
         helper = tmp_path / "helper.py"
         helper.write_text("X = 1\n")
         assert set(records.code_of(script)["code"]) == {"script.py"}
-        monkeypatch.setitem(__import__("sys").modules, "helper", SimpleNamespace(__file__=str(helper)))
+        monkeypatch.setitem(sys.modules, "helper", SimpleNamespace(__file__=str(helper)))
         assert set(records.code_of(script)["code"]) == {"script.py", "helper.py"}
+        (tmp_path / "parts").mkdir()
+        helper.rename(tmp_path / "parts" / "helper.py")
+        monkeypatch.setitem(sys.modules, "helper", SimpleNamespace(__file__=str(tmp_path / "parts" / "helper.py")))
+        assert set(records.code_of(script)["code"]) == {"script.py", "parts/helper.py"}
