@@ -183,6 +183,10 @@ def select_blocks(
     One boolean (H, G) array per layer, True where a block is kept.
     """
     sizes, within = [block.cost for block in blocks.values()], within or {}
+    ranks = {key: np.asarray(values) for key, values in ranks.items()}
+    for key, block in blocks.items():
+        if (shape := ranks[key].shape if key in ranks else "absent") != block.weights.shape:
+            raise InputError(f"ranks of {key}: {shape}; legal: one value for every block, {block.weights.shape}")
     rest = [b.positions * b.sum(within[key]).astype(int) if key in within else b.cost for key, b in blocks.items()]
     kept = select([(like or ranks)[key] for key in blocks], sizes, sparsity, max_sparsity, rest)
     if balanced or like is not None:

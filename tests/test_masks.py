@@ -20,6 +20,16 @@ def test_groups_are_contiguous_even_and_complete(units, groups):
     assert (np.diff(labels) >= 0).all()
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (4,), (4, 1), (8, 9), (), None])
+def test_ranks_that_are_not_one_value_for_every_block_are_refused(rng, shape):
+    """Of a rule of the reader's own: also blocks by parents, by weights, or of one group only; tensors will do."""
+    blocks = {"weight": masks.Blocks(masks.contiguous_groups(8, 4), masks.contiguous_groups(9, 3))}
+    values = torch.from_numpy(rng.random((4, 3)))
+    assert masks.select_blocks({"weight": values}, blocks, 0.5, [1])["weight"].shape == (4, 3)
+    with pytest.raises(InputError, match=r"ranks of weight: .*; legal: one value for every block, \(4, 3\)"):
+        masks.select_blocks({} if shape is None else {"weight": rng.random(shape)}, blocks, 0.05, [1])
+
+
 @pytest.mark.parametrize("groups", [0, 11])
 def test_impossible_numbers_of_groups_are_refused(groups):
     with pytest.raises(InputError, match="legal: 1 to 10"):
