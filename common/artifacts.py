@@ -57,7 +57,7 @@ def read_checked(path: Path, record: Path, remedy: str) -> bytes:
     `remedy` says in error messages what to run to get the file.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist; {remedy}")
+        raise InputError(f"{path} {'is no file' if path.exists() else 'does not exist'}; {remedy}")
     content = path.read_bytes()
     if record.is_file():
         expected = records.read(record).get("files", {}).get(path.name)

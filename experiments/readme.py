@@ -224,7 +224,8 @@ def legal(flag: dict) -> str:
         words = str(error).removeprefix("'/?' is not ").removeprefix("'/?' may hold ").removesuffix(" only")
     else:
         words = "a path" if "type" in flag else words
-    return words.removesuffix(f" and at most {cli.MOST:g}") + ("; one or more" if "nargs" in flag else "")
+    many = {"+": "; one or more", "*": "; none or more"}.get(flag.get("nargs"), "")
+    return words.removesuffix(f" and at most {cli.MOST:g}") + many
 
 
 def contents() -> list[tuple[Path, str, str]]:

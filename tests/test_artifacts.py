@@ -67,6 +67,11 @@ def test_what_is_no_plain_value_is_named(tmp_path):
         artifacts.load_checkpoint(tmp_path / "x.pkl")
 
 
+def test_a_folder_in_place_of_a_checkpoint_is_said_to_be_no_file(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path.name} is no file; run train_stage1.py first"):
+        artifacts.load_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("content", [{}, [1], {"state_dict": {"a": 1}}])
 def test_a_checkpoint_without_tensors_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.pkl")
