@@ -317,6 +317,18 @@ def test_the_two_sides_are_alike(rng, estimator):
     assert cmi(x, y, z, estimator=estimator) == pytest.approx(cmi(y, x, z, estimator=estimator), abs=tolerance)
 
 
+@pytest.mark.parametrize("options", [{}, {"given": "kept"}])
+def test_constant_units_do_not_change_what_is_shrunk(rng, options):
+    """In as many rows as units, for which the covariance is shrunk: others' scores are as without them."""
+    parents = rng.normal(size=(40, 20))
+    children, groups = parents[:, :4] + rng.normal(size=(40, 4)), np.arange(20) // 2
+    expected = layer_cmi(children, parents, [0, 0, 1, 1], groups, estimator="gaussian", **options)
+    dead = np.hstack([parents, np.full((40, 30), 3.0)]), np.r_[groups, np.full(30, 10)]
+    found = layer_cmi(children, dead[0], [0, 0, 1, 1], dead[1], estimator="gaussian", **options)
+    np.testing.assert_allclose(found[:, :10], expected, rtol=1e-9, atol=1e-12)
+    assert (found[:, 10] == 0).all()
+
+
 @pytest.mark.parametrize(("rows", "options", "advice"), [(2, {}, True), (40, {"shrinkage": 2}, False)])
 def test_more_images_are_advised_only_where_they_are_few(rng, rows, options, advice):
     estimate = Estimator(Path("none"), Blocks([0, 1], [0, 0, 1]), {"estimator": "gaussian", **options})

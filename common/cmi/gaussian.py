@@ -75,7 +75,8 @@ def scores(
     if given == "rest" and shrinkage is None and layer.n > 2 * units and not _is_degenerate(covariance, layer):
         return _half_log_dets(covariance, layer) - _bias(layer)
     if shrinkage is None:
-        shrinkage = max(ledoit_wolf_shrinkage(data, assume_centered=True), DEGENERATE)
+        varies = np.delete(data, constant, axis=1) if len(constant) < data.shape[1] else data
+        shrinkage = max(ledoit_wolf_shrinkage(varies, assume_centered=True), DEGENERATE)
     covariance *= 1 - shrinkage
     covariance[np.diag_indices_from(covariance)] += shrinkage
     return _half_log_dets(covariance, layer) if given == "rest" else backward.scores(layer, covariance, snr, n_jobs)
