@@ -17,7 +17,6 @@ from common.errors import InputError, reason
 from common.records import record_path
 
 WRAPPERS = ("state_dict", "model", "net", "model_state_dict")  # under which others keep weights
-PREFIXES = ("module.", "_orig_mod.")  # of torch's DataParallel and DistributedDataParallel, and of torch.compile
 UNFINISHED = {"running": "is not finished", "diverged": "diverged"}
 SAFE_TORCH = "2.10"  # the first whose weights_only holds: CVE-2025-32434 (2.6), CVE-2026-24747 (2.10)
 
@@ -69,12 +68,12 @@ def read_checked(path: Path, record: Path, remedy: str) -> bytes:
 def load_checkpoint(path: Path, *, foreign: bool = False) -> dict:
     """Read a checkpoint: a dictionary with `state_dict`; files that hold anything but tensors and plain values fail.
 
-    `foreign` also takes what other programs write: weights alone or under another name, names with a prefix.
+    `foreign` also takes what other programs write: weights alone, or under another name.
     """
     remedy = "run train_stage1.py first, or name another file"
     content = read_checked(path, record_path(path), remedy)
     checkpoint = _load(content, path, "a checkpoint of tensors and plain values", remedy)
-    checkpoint = {"state_dict": _plain_names(checkpoint)} if foreign else checkpoint
+    checkpoint = {"state_dict": _unwrapped(checkpoint)} if foreign else checkpoint
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} has no 'state_dict' of tensors; {remedy}")
@@ -92,17 +91,23 @@ def load_checkpoint(path: Path, *, foreign: bool = False) -> dict:
     return checkpoint
 
 
-def _plain_names(checkpoint):
-    """The weights in what another program wrote, under the names that the network itself gives them."""
+def _unwrapped(checkpoint):
+    """The weights in what another program wrote."""
     for _ in WRAPPERS:  # not without end: a dictionary may hold itself
         if isinstance(checkpoint, dict):
-            checkpoint = next((checkpoint[wrapper] for wrapper in WRAPPERS if wrapper in checkpoint), checkpoint)
-    if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
-        return checkpoint
-    for prefix in PREFIXES * 2:  # they come in either order
-        if all(key.startswith(prefix) for key in checkpoint):
-            checkpoint = {key.removeprefix(prefix): value for key, value in checkpoint.items()}
-    return dict(checkpoint)
+            inside = (checkpoint.get(wrapper) for wrapper in WRAPPERS)
+            checkpoint = next((value for value in inside if isinstance(value, dict)), checkpoint)
+    return dict(checkpoint) if isinstance(checkpoint, dict) else checkpoint
+
+
+def _own_names(state: dict, network: torch.nn.Module) -> dict:
+    """A state without what other programs write before every name: of a wrapper, or of what holds the network."""
+    names = [key for key in state if isinstance(key, str)]
+    first = next(iter(network.state_dict()), "")
+    prefix = next((key.removesuffix(first) for key in names if key.endswith(f".{first}")), "")
+    if len(names) < len(state) or not all(key.startswith(prefix) for key in names):
+        return state
+    return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
 def _load(content: bytes, path: Path, what: str, remedy: str):
@@ -124,13 +129,14 @@ def _load(content: bytes, path: Path, what: str, remedy: str):
 def load_weights(network: torch.nn.Module, path: Path, *, foreign: bool = False) -> dict:
     """Load a finished run's weights into the network, all of them or none; returns the checkpoint.
 
-    `foreign`: also another program's.
+    `foreign`: also another program's, whose names may all have a prefix.
     """
     status = records.read(record_path(path)).get("status") if record_path(path).is_file() else "complete"
     if status in UNFINISHED:
         raise InputError(f"{path} is of a run that {UNFINISHED[status]}; run the command that makes it again")
     checkpoint = load_checkpoint(path, foreign=foreign)
-    load_state_dict(network, checkpoint["state_dict"], path)
+    state = checkpoint["state_dict"]
+    load_state_dict(network, _own_names(state, network) if foreign else state, path)
     return checkpoint
 
 

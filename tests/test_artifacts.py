@@ -1,6 +1,7 @@
 """Files: written whole or not at all, checked when read, nothing executed."""
 
 import pickle
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -79,17 +80,24 @@ def test_a_checkpoint_without_tensors_is_refused(tmp_path, content):
         artifacts.load_checkpoint(tmp_path / "x.pkl")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "a.b."])
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "net"])
 def test_checkpoints_of_other_programs_load(tmp_path, prefix, wrapper):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     state = {prefix + k: v for k, v in network.state_dict().items() if "num_batches" not in k}
     torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "x.pth")
-    found = artifacts.load_checkpoint(tmp_path / "x.pth", foreign=True)["state_dict"]
     other = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    artifacts.load_state_dict(other, found, "x.pth")
+    artifacts.load_weights(other, tmp_path / "x.pth", foreign=True)
     assert torch.equal(other[0].weight, network[0].weight)
+
+
+def test_names_that_are_a_network_s_own_are_no_prefix(tmp_path):
+    network = nn.Sequential(OrderedDict(module=nn.Linear(3, 2)))
+    torch.save({"model": "a name", "net": network.state_dict()}, tmp_path / "x.pth")
+    other = nn.Sequential(OrderedDict(module=nn.Linear(3, 2)))
+    artifacts.load_weights(other, tmp_path / "x.pth", foreign=True)
+    assert torch.equal(other.module.weight, network.module.weight)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +125,7 @@ def test_a_dictionary_that_holds_itself_is_one_line(tmp_path):
     state = {"weight\n": torch.ones(1)}
     torch.save({**state, "net": state}, tmp_path / "x.pth")
     with pytest.raises(InputError, match=r"there weight\\n is \(1,\), here absent") as error:
-        artifacts.load_state_dict(
-            nn.ReLU(), artifacts.load_checkpoint(tmp_path / "x.pth", foreign=True)["state_dict"], ""
-        )
+        artifacts.load_weights(nn.ReLU(), tmp_path / "x.pth", foreign=True)
     assert "\n" not in str(error.value)
     state["net"] = state
     torch.save(state, tmp_path / "x.pth")

@@ -468,7 +468,6 @@ def weights_file(rng: np.random.Generator, state: dict) -> tuple[dict, bool, str
     if not own:
         prefix = "".join(rng.choice(["", "", "module.", "_orig_mod.", *["net."] * (rng.random() < 0.1)], 2))
         saved = {prefix + key if isinstance(key, str) else key: value for key, value in saved.items()}
-        fate = NEVER if "net." in prefix else fate
     if rng.random() < 0.5:
         saved = OrderedDict(saved)
     for wrapper in ["state_dict"] if own else rng.choice([*artifacts.WRAPPERS, "weights"], rng.integers(3)):
@@ -503,11 +502,7 @@ def foreign_checkpoint(rng: np.random.Generator, folder: Path) -> None:
     before = copy.deepcopy(network.state_dict())
     try:
         with refusal_only_if(fate != MUST, naming=path.name), at_most(HANGS):
-            if own:
-                artifacts.load_weights(network, path)
-            else:
-                loaded = artifacts.load_checkpoint(path, foreign=True)["state_dict"]
-                artifacts.load_state_dict(network, loaded, path)
+            artifacts.load_weights(network, path, foreign=not own)
     except InputError:
         torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
         raise
