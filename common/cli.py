@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
+from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -254,7 +255,11 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
     return args
 
 
-NEEDED = ("NAME", "PAIRS", "TRAINING", "SCORING", "GROUPS", "MAX_SPARSITY", "RETRAINING", "build")  # of model.py
+HYPERPARAMETERS = ("Dataset", "Dims", "Epoch", "Batch_size", "Lr", "Milestones", "Gamma", "Opt", "Nesterov")
+HYPERPARAMETERS += ("Weight_decay", "Val_size")
+TABLES = {"TRAINING": HYPERPARAMETERS, "SCORING": ("samples_per_class",)}  # of model.py, and what they hold at least
+TABLES["RETRAINING"] = (*HYPERPARAMETERS, "lower_prune_per", "upper_prune_per", "prune_per_step")
+NEEDED = {"NAME": str, "PAIRS": list, **dict.fromkeys((*TABLES, "GROUPS", "MAX_SPARSITY"), dict), "build": Callable}
 _stage = "1"  # of the script that runs: whose flags errors speak of
 
 
@@ -263,14 +268,36 @@ def _check_model(model: ModuleType, script: Path) -> None:
     augmenting = ["augment"] * ("model.augment" in script.read_text(encoding="utf-8"))
     if missing := [name for name in (*NEEDED, *augmenting) if not hasattr(model, name)]:
         raise InputError(f"model.py lacks {', '.join(missing)}; docs/own_network.md has all that it holds")
+    for name, kind in NEEDED.items():
+        if not isinstance(value := getattr(model, name), kind) or not value:
+            raise InputError(f"model.py: {name} is {value!r}; legal: a {kind.__name__.lower()}, not empty")
+    for name, least in TABLES.items():
+        _check_values(f"model.py: {name}", getattr(model, name))
+        if missing := [flag for flag in least if flag not in getattr(model, name)]:
+            raise InputError(f"model.py: {name} lacks {', '.join(missing)}")
+    _check_layers(model)
+
+
+def _check_layers(model: ModuleType) -> None:
+    """Refuse layer pairs, groups and limits that are none."""
+
+    def two(value, kind: type) -> bool:
+        return isinstance(value, tuple) and len(value) == 2 and all(isinstance(one, kind) for one in value)
+
+    wrong = [("PAIRS", pair, "(parent, child)") for pair in model.PAIRS if not two(pair, str)]
+    counts = "(number of parent groups, of child groups)"
+    wrong += [("GROUPS", n, counts) for n in model.GROUPS.values() if not two(n, Integral) or min(n) < 1]
+    for child, limit in model.MAX_SPARSITY.items():
+        if not isinstance(limit, Real) or not 0 <= limit <= 1:
+            wrong.append(("MAX_SPARSITY", f"{child}: {limit}", "shares from 0 to 1"))
+    for where, what, legal in wrong[:1]:
+        raise InputError(f"model.py: {where} holds {what}; legal: {legal}")
     if missing := [child for _, child in model.PAIRS if child not in model.GROUPS]:
         raise InputError(f"model.py: GROUPS lacks {', '.join(missing)}, of PAIRS")
 
 
 def _defaults(model: ModuleType, stage: int) -> dict:
     """The values of model.py, by flag."""
-    for table in ("TRAINING", "RETRAINING", "SCORING"):
-        _check_values(f"model.py: {table}", getattr(model, table))
     base = f"{model.NAME}/baseline"
     values = {"Model": model.NAME, "weights_dir": f"{base}/0", "Retrain": f"{base}/0/logits_best.pkl"}
     values |= {"Save_dir": {1: base, 3: f"{model.NAME}/pruned"}.get(stage), "Checkpoint": values["Retrain"]}
@@ -286,7 +313,11 @@ def _check_values(where: str, values: dict) -> None:
         if name not in FLAGS:
             raise InputError(f"{where} holds {name}, which is no flag; see --help")
         kind, choices = FLAGS[name].get("type"), FLAGS[name].get("choices")
-        for one in value if isinstance(value, list) else [value]:
+        several, switch = "nargs" in FLAGS[name], "action" in FLAGS[name]
+        if several != isinstance(value, (list, tuple)) or switch != isinstance(value, bool):
+            legal = "a list" if several else "True or False" if switch else "a single value"
+            raise InputError(f"{where}, {name}: {value!r}; legal: {legal}")
+        for one in value if several else [value]:
             if choices is not None and one not in choices:
                 raise InputError(f"{where}, {name}: {one!r} is none of {', '.join(choices)}")
             try:
