@@ -50,6 +50,7 @@ COMMANDS = {  # that make the records
     "mnist_weights": "experiments/mnist.sh weights",
     "mnist_weights_long": "experiments/mnist.sh weights_long",
     "mnist_weights_rounds": "experiments/mnist.sh weights_rounds",
+    "mnist_weights_few": "experiments/mnist.sh weights_few",
     "cifar10_vgg16": "experiments/cifar10.sh vgg16",
     "cifar10_vgg16_retrained": "EPOCHS={} experiments/rules.sh vgg16",
     "cifar10_vgg16_before": "experiments/rules.sh vgg16",
