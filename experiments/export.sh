@@ -27,7 +27,6 @@ pruned() { # FOLDER PERCENT: the checkpoint in a folder of results/ of which so 
     found=$(grep -l "\"requested_percent\": $2" "../results/$1/"logits_*.json)
     echo "$1/$(basename "$found" .json).pkl"
 }
-NETWORKS=0 SHARES=0.7 RULES=positions ../experiments/rules.sh resnet56
 export_ resnet56 cifar10_jpeg/resnet56/baseline/0/0/logits_best.pkl resnet56_dense
 export_ resnet56 cifar10_before/positions/0_0/0/logits_70.00.pkl resnet56_blocks_70
 channels() { # NETWORK PERCENT: of the multiply-adds
