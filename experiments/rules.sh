@@ -3,7 +3,7 @@
 # dense networks x samplings of images x rules x pruned shares, each masked, with batch norm recalibrated, and refitted,
 # and then retrained for EPOCHS (0: not at all). The dense networks: results/README.md. Finished runs are skipped and
 # killed ones go on, so the script can be stopped and started again; `make collect tables` fills the tables. SHARES=none:
-# scores only. A committed run is refused where the processor makes other bits: remove results/cifar10_before/positions first.
+# scores only.
 set -eu
 network=$1
 cd "$(dirname "$0")/../$network"
