@@ -63,7 +63,7 @@ def is_first(message: str) -> bool:
     Before they have joined, the first on each machine.
     """
     if not dist.is_initialized():
-        return _number("LOCAL_RANK") == 0
+        return not 0 < _number("LOCAL_RANK") < _number("LOCAL_WORLD_SIZE")  # no other speaks for one that cannot be
     try:
         return dist.distributed_c10d._get_default_store().add(f"said: {message}", 1) == 1
     except RuntimeError:  # the others are gone

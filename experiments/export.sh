@@ -36,7 +36,7 @@ channels() { # NETWORK PERCENT: of the multiply-adds
 channels resnet56 50
 if [ -f ../results/cifar10_jpeg/vgg16/baseline/0/0/logits_best.pkl ]; then
     NETWORKS=0 SHARES=0.8346 RULES=positions ../experiments/rules.sh vgg16
-    export_ vgg16 "$(pruned cifar10_vgg16_before/positions/0_0/0 83.46)" vgg16_blocks_83
+    export_ vgg16 "$(pruned cifar10_vgg16_before/positions/0_0/0 84.9)" vgg16_blocks_83
     channels vgg16 50
     channels vgg16 70
 fi

@@ -79,6 +79,15 @@ def test_numbers_that_no_torchrun_gives_are_one_line(monkeypatch, changed):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("changed", [{"LOCAL_RANK": "9" * 20}, {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}])
+def test_a_process_that_cannot_be_says_what_is_wrong(tmp_path, call, monkeypatch, changed):
+    """It took itself for one of several, of which the first speaks: exit code 2 without a word."""
+    for name, value in {**SETTINGS, "RANK": "0", "MASTER_PORT": "x", **changed}.items():
+        monkeypatch.setenv(name, value)
+    said = call(*ONE_EPOCH, "--Save_dir", tmp_path, code=2)
+    assert "the processes cannot be joined" in said
+
+
 def _no_host(**_):
     raise torch.distributed.DistNetworkError("no such host")
 
