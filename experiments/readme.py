@@ -169,7 +169,8 @@ def history() -> str:
             row = {"network, layers": key[0], "pruned": f"{share:.4g} % of {of}", "rule": f"{name}; {epochs}"}
             row |= {"accuracy (%)": mean_std(accuracies(found)), "n": len(found)}
             row["last run"] = f"{date}, {last['commit'][:7]}"
-            rows.append((key, {**row, "record, command": made_by(last["path"].split("/")[0], "")}))
+            folder = "/".join(last["path"].split("/")[:2])  # of runs that are retrained for as many epochs
+            rows.append((key, {**row, "record, command": made_by(folder, "")}))
     return markdown([row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
 

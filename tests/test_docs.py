@@ -131,6 +131,12 @@ def test_tables_of_the_pages_are_what_is_recorded_and_declared():
         assert f"<!-- {name} -->\n{content}<!-- end {name} -->" in text, name
 
 
+def test_the_history_s_commands_retrain_for_as_long_as_its_runs():
+    rows = [row for row in readme.history().splitlines() if "EPOCHS=" in row]
+    assert {re.search(r"EPOCHS=(\d+)", row)[1] for row in rows} >= {"3", "30"}
+    assert all(f"; {re.search(r'EPOCHS=([0-9]+)', row)[1]} epochs" in row for row in rows)
+
+
 @pytest.mark.parametrize("path", readme.COMMITTED)
 def test_committed_networks_are_those_of_their_records(path):
     """Loading compares the checksum; what the mask removes is 0."""
