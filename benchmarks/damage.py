@@ -7,7 +7,7 @@ lowest score in steps of GRID and is refitted to its inputs in the dense network
 calibration images grows by. Shares: those of least total damage that prune enough, by a dynamic programme (Frantar and
 Alistarh, NeurIPS 2022). Both ways of sharing out are then masked, recalibrated and refitted as stage 3 does.
 
-Writes results/benchmarks/damage.json, once for every network that is done.
+Writes results/benchmarks/damage.json, once for every network that is done; rows of other networks stay.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "resnet56"), str(ROOT / "benchmarks")]
 import model
-from common import artifacts, files
+from common import artifacts, files, records
 from common.activations import collect_activations, output_sensitivity
 from common.cmi import layer_cmi
 from common.data import load, sample_per_class
@@ -130,10 +130,11 @@ def main() -> None:
     parser.add_argument("--numbers", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--Data_dir", type=Path, default=ROOT / "data")
     args = parser.parse_args()
-    rows = []
     for number in args.numbers:
-        rows += compared(number, args.Data_dir)
-        save(FOLDER, "damage", {"rows": rows})
+        new, path = compared(number, args.Data_dir), FOLDER / "damage.json"
+        known = records.read(path)["rows"] if path.is_file() else []
+        others = [row for row in known if row["network"] != number]
+        save(FOLDER, "damage", {"rows": sorted(others + new, key=lambda row: (row["network"], row["share"]))})
 
 
 if __name__ == "__main__":
