@@ -15,7 +15,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from scipy.stats import t
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
@@ -254,6 +254,33 @@ def retraining_figure(records: list[dict], target: Path, share: float, title: st
     save(figure, target)
 
 
+def epochs_figure(records: list[dict], target: Path, title: str) -> None:
+    """Test error against the epochs of a whole retraining, a panel per pruned share: how long a lead lasts."""
+    found = {}  # runs by share, rule and epochs
+    for record in records:
+        for (share, rule), runs in by_point([record]).items():
+            found.setdefault((share, rule), {}).setdefault(record["arguments"]["Epoch"], []).extend(runs)
+    shares, lengths = sorted({share for share, _ in found} - {0.0}), [0, *sorted(set().union(*found.values()))]
+    figure, axes = plt.subplots(1, len(shares), figsize=(7, 2.8), sharey=True)
+    for axis, share in zip(axes, shares, strict=True):
+        for rule, by_epochs in ((rule, runs) for (at, rule), runs in sorted(found.items()) if at in (0, share)):
+            values = {0: accuracies(next(iter(by_epochs.values())), "test_before_retraining")}
+            values |= {epochs: accuracies(runs) for epochs, runs in sorted(by_epochs.items())}
+            bars = [100 - np.mean(value) for value in values.values()], list(map(deviation, values.values()))
+            style = {"fmt": "o-", "color": colour(rule), "label": short(rule)}
+            axis.errorbar([lengths.index(epochs) for epochs in values], *bars, **style)
+        pruned = pruned_percent(found[share, rule][lengths[1]][0], "network")
+        axis.set(title=f"{pruned:.4g} % of all weights pruned", xlabel="epochs of retraining", yscale="log")
+        axis.set_xticks(range(len(lengths)), lengths)
+        axis.yaxis.set_major_locator(FixedLocator((10, 15, 20, 30, 50, 80)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
+    axes[0].set(ylabel="test error (%)")
+    legend(figure, axes)
+    figure.suptitle(f"{title} ({said(runs for by_epochs in found.values() for runs in by_epochs.values())}, ± s.d.)")
+    save(figure, target)
+
+
 def groups_figure(records: list[dict], target: Path, paper: list[dict]) -> None:
     """Experiment 2: accuracy against the number of groups, and against the images per class."""
     found = by_groups(records)
@@ -354,6 +381,7 @@ def main() -> None:
     retraining_figure(runs["mnist_mlp"], TARGET / "mnist_retraining", 99.6, "MNIST-MLP, 99.6 % of fc2 pruned")
     before = {moment: label.removesuffix(" (%)") for moment, label in BEFORE.items()}
     accuracy_figure(runs["cifar10_before"], TARGET / "cifar10_before", "ResNet56, not retrained", before)
+    epochs_figure(runs["cifar10_retrained"], TARGET / "cifar10_retrained", "ResNet56, refitted and retrained")
     layers_figure(runs["cifar10_before"], TARGET / "cifar10_layers", 70.0, "ResNet56, 70 % of the masked layers pruned")
     layers_figure(runs["cifar10_vgg16_before"], TARGET / "vgg16_layers", 84.96, "VGG16, 83.46 % of all weights pruned")
     attacks_figure(runs["robustness"], TARGET / "robustness", ATTACKED)
