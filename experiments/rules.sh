@@ -15,7 +15,7 @@ case $network in
 resnet56) dense=cifar10_jpeg/resnet56/baseline folder=cifar10 networks="0 1 2" calibration=100
     positions="--samples_per_class 300" means="--samples_per_class 500"
     shares="0.4 0.5 0.7 0.8 0.9" tight=0.4 of= ;; # of the masked layers
-vgg16) dense=cifar10_jpeg/vgg16/baseline folder=cifar10_vgg16 networks=0 calibration=100
+vgg16) dense=cifar10_jpeg/vgg16/baseline folder=cifar10_vgg16 networks="0 1 2" calibration=100
     positions="--samples_per_class 300" means="--samples_per_class 500"
     shares="0.8346 0.95" tight= of=--Prune_of_network ;;
 resnet50) dense=imagenet_before/dense folder=imagenet networks=0 calibration=1
