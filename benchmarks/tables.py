@@ -1,6 +1,7 @@
 """Records of benchmarks and of `make soak` as tables of all pages and as figures; part of `make tables`."""
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "experiments")]
 from common import files, records
 from figures import colour, save
 from output import FOLDER
-from report import fill, markdown
+from report import accuracies, difference, fill, markdown, mean_std
 
 BEST = "CMI, gaussian given kept, correlated groups, balanced, refit"  # of the rules in results/mnist_mlp
 
@@ -26,7 +27,7 @@ def pivot(rows: list[dict], index: dict[str, str], cell: Callable[[dict], str]) 
     return markdown(list(lines.values()))
 
 
-def mean_std(row: dict) -> str:
+def summarised(row: dict) -> str:
     return f"{row['mean']:.2f} ± {row['std']:.2f}"
 
 
@@ -172,6 +173,23 @@ def kernels_table(benchmarks: list[dict]) -> str:
     )
 
 
+def damage_table(benchmark: dict) -> str:
+    """Accuracy by one threshold over all scores and by shares of least measured damage, and what the damage wins."""
+    runs, moments = defaultdict(list), ("recalibrated", "refitted")
+    for row in benchmark["rows"]:
+        runs[row["share"], row["way"]].append({"arguments": {}, **{key: {"accuracy": row[key]} for key in moments}})
+    lines = []
+    for share in sorted({share for share, _ in runs}):
+        damage, threshold = runs[share, "damage"], runs[share, "threshold"]
+        line = {"pruned (%)": f"{100 * share:g}"}
+        for key in moments:
+            line[f"{key}: threshold"] = mean_std(accuracies(threshold, key))
+            line[f"{key}: damage"] = mean_std(accuracies(damage, key))
+            line[f"{key}: ahead by"] = difference(list(zip(damage, threshold, strict=True)), key)
+        lines.append({**line, "n": len(damage)})
+    return markdown(lines)
+
+
 def pictures(study: dict) -> None:
     """Scores of one layer, brighter where they are higher, and the blocks that are kept."""
     figure, axes = plt.subplots(len(study["pictures"]), 1, figsize=(7, 6.5))
@@ -253,9 +271,9 @@ def main() -> None:
     fill(
         page,
         "accuracy",
-        pivot(accuracy["calibration"], {"dims": "dims of x, y, z", "n": "n", "truth": "truth"}, mean_std),
+        pivot(accuracy["calibration"], {"dims": "dims of x, y, z", "n": "n", "truth": "truth"}, summarised),
     )
-    fill(page, "nulls", pivot(accuracy["truth_is_0"], {"data": "data", "n": "n"}, mean_std))
+    fill(page, "nulls", pivot(accuracy["truth_is_0"], {"data": "data", "n": "n"}, summarised))
     fill(
         page,
         "ranking",
