@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import math
+import operator
 import random
 import statistics
 import time
@@ -118,7 +119,8 @@ class _Graph:
 
     def idle(self, space: _Space) -> Tensor:
         """Which channels (c,) of a space nobody reads, or are the same for all images in a way that a bias can hold."""
-        idle = torch.full((self._channels(space),), bool(space.readers))
+        channels = math.gcd(*(self.shapes[value][1] for value in space.values))  # of maps, and of flattened maps
+        idle = torch.ones(channels, dtype=torch.bool)
         for layer in space.readers:
             weight = self._tensor(layer.args[1])
             dispensable = (weight == 0).transpose(0, 1).flatten(1).all(1)
@@ -214,12 +216,8 @@ class _Graph:
         owned = axes and self.owned.issuperset(parameter for parameter in parameters if parameter is not None)
         return owned and len(self.shapes.get(read, ())) == axes and node.args[6:7] in ((), (1,))
 
-    def _channels(self, space: _Space) -> int:
-        return math.gcd(*(self.shapes[value][1] for value in space.values))  # of maps, and of flattened maps
-
     def _tensor(self, node: fx.Node) -> Tensor:
-        owner, _, name = node.target.rpartition(".")
-        return getattr(self.module.get_submodule(owner), name)
+        return operator.attrgetter(node.target)(self.module)
 
     def _set(self, node: fx.Node, value: Tensor) -> None:
         owner, _, name = node.target.rpartition(".")
@@ -282,11 +280,11 @@ def pack(state: dict[str, Tensor], about: dict[str, str]) -> bytes:
     return save(tensors, {**about, "shapes": json.dumps(shapes)})
 
 
-def pt2_bytes(program: ExportedProgram) -> bytes:
-    """What torch.export.load reads, without this project's code."""
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    return buffer.getvalue()
+def files(network: nn.Module, shrunk: ExportedProgram, about: dict[str, str]) -> dict[str, bytes]:
+    """By suffix all weights, and what torch.export.load and ONNX read without this project's code."""
+    pt2 = io.BytesIO()
+    torch.export.save(shrunk, pt2)
+    return {".safetensors": pack(network.state_dict(), about), ".pt2": pt2.getvalue(), ".onnx": onnx_bytes(shrunk)}
 
 
 def onnx_bytes(program: ExportedProgram) -> bytes:
@@ -343,18 +341,18 @@ def sizes(
     return {**found, "memory_mib_network": memory(list(network.modules()))}
 
 
-def forms(masked: ExportedProgram, shrunk: ExportedProgram) -> dict[str, ExportedProgram]:
-    """What latency is measured of: dense is the masked network with small numbers where its weights are 0."""
-    dense = copy.deepcopy(masked)
-    for parameter in dense.parameters():
-        parameter.data[parameter == 0] = 1e-3
-    return {"dense": dense, "masked": masked, "shrunk": shrunk}
-
-
 @torch.no_grad()
-def latencies(programs: dict[str, ExportedProgram], images: Tensor, threads: list[int], seconds: float) -> list[dict]:
-    """Milliseconds of a batch on the CPU, medians, in torch and in onnxruntime; all forms in random turns."""
-    files, measured = {name: onnx_bytes(program) for name, program in programs.items()} if seconds else {}, []
+def latencies(
+    masked: ExportedProgram, shrunk: ExportedProgram, images: Tensor, threads: list[int], seconds: float
+) -> list[dict]:
+    """Milliseconds of a batch on the CPU, medians, in torch and in onnxruntime; all forms in random turns.
+
+    "dense" is the masked network with small numbers where its weights are 0.
+    """
+    programs, measured = {"dense": copy.deepcopy(masked), "masked": masked, "shrunk": shrunk}, []
+    for parameter in programs["dense"].parameters():
+        parameter.data[parameter == 0] = 1e-3
+    files = {name: onnx_bytes(program) for name, program in programs.items()} if seconds else {}
     for count, batch in product(threads, BATCHES) if seconds else ():
         torch.set_num_threads(count)
         calls = {f"torch {name}": program.module(check_guards=False) for name, program in programs.items()}

@@ -25,14 +25,10 @@ def main():
             return
         masked = export.trace(network, images)
         shrunk, cuts = export.shrink(masked, images)  # no channel that nobody reads, or that is the same for all images
-        files = {
-            ".safetensors": export.pack(network.state_dict(), cli.about(args)),
-            ".pt2": export.pt2_bytes(shrunk),
-            ".onnx": export.onnx_bytes(shrunk),
-        }
+        files = export.files(network, shrunk, cli.about(args))  # all three, by suffix
         difference = export.check(files, network, images)  # of outputs; refuses what is more than rounding
         sizes = export.sizes(masked, shrunk, network, files, images)
-        latency = export.latencies(export.forms(masked, shrunk), images, args.Threads, args.Seconds)
+        latency = export.latencies(masked, shrunk, images, args.Threads, args.Seconds)
         write(files, {**cuts, **sizes, "difference": difference, "latency": latency})
 
 
