@@ -140,23 +140,17 @@ def rank(
     scores : one (H, G) array per layer: conditional mutual information, or for "taylor" `activations.block_taylor`
     seed : of the random ranks
     """
-    rng = np.random.default_rng([seed, 1])
-
-    def magnitude(key: str) -> np.ndarray:
-        return blocks[key].mean_magnitude(network.get_parameter(key))
-
-    def product(key: str) -> np.ndarray:
-        root, size = np.sqrt(np.maximum(scores[key], 0).astype(np.float64)), magnitude(key)
-        return np.multiply(root, size, where=size != 0, out=np.zeros_like(size))  # none of an infinite score is none
-
-    of_layer = {
-        "cmi": lambda key: scores[key],
-        "taylor": lambda key: scores[key],
-        "magnitude": magnitude,
-        "random": lambda key: rng.random(blocks[key].weights.shape),
-        "cmi-magnitude": product,
-    }[criterion]
-    return {key: of_layer(key) for key in blocks}
+    if criterion in ("cmi", "taylor"):
+        return {key: scores[key] for key in blocks}
+    if criterion == "random":
+        rng = np.random.default_rng([seed, 1])
+        return {key: rng.random(block.weights.shape) for key, block in blocks.items()}
+    sizes = {key: block.mean_magnitude(network.get_parameter(key)) for key, block in blocks.items()}
+    if criterion == "magnitude":
+        return sizes
+    roots = {key: np.sqrt(np.maximum(scores[key], 0).astype(np.float64)) for key in blocks}
+    # none of an infinite score is none
+    return {key: np.multiply(roots[key], size, where=size != 0, out=np.zeros_like(size)) for key, size in sizes.items()}
 
 
 def select_blocks(
@@ -259,18 +253,8 @@ def select_balanced(
     """As `select` for one layer, but the blocks that are kept are spread evenly over child and over parent groups.
 
     Blocks are taken from the highest score down, as long as their child group and their parent group have not had
-    their even part of the blocks; when no more can be taken, both parts grow by one block.
-
-    Parameters
-    ----------
-    scores : (H, G)
-    weights : how many weights each block holds, same shape
-    sparsity : share of the layer's weights to prune, in [0, 1], at least what is gone already
-    rest : how many weights of each block are not pruned yet, same shape; default: all
-
-    Returns
-    -------
-    Boolean (H, G), True where a block is kept; the sparsity is reached and exceeded by less than one block.
+    their even part of the blocks; when no more can be taken, both parts grow by one block. `sparsity` is at least what
+    is gone already; it is reached and exceeded by less than one block.
     """
     _check(scores, sparsity)
     shuffled = np.random.default_rng(0).permutation(scores.size)
@@ -316,12 +300,8 @@ class Mask(dict):
         """The mask that a checkpoint of a pruned network holds; an empty one of a dense network."""
         mask, state = checkpoint.get("masks", {}), network.state_dict()
         for key, kept in mask.items() if isinstance(mask, dict) else [("masks", mask)]:
-            if not (
-                isinstance(kept, Tensor)
-                and kept.dtype == torch.bool
-                and key in state
-                and kept.shape == state[key].shape
-            ):
+            shape = getattr(state.get(key), "shape", None)
+            if not (isinstance(kept, Tensor) and kept.dtype == torch.bool and kept.shape == shape):
                 raise InputError(f"the checkpoint's mask of {key} is of another network; name another checkpoint")
         return cls(mask)
 
@@ -359,15 +339,13 @@ class Mask(dict):
 
 def sparsity_report(network: nn.Module, mask: Mask) -> dict:
     """Pruned percentages by the mask (of weights, without biases and batch norm), and memory of what is there."""
-    modules = [network.get_submodule(key.removesuffix(".weight")) for key in mask]
+    zeros = sum(int((network.get_parameter(key)[kept] == 0).sum()) for key, kept in mask.items())
     return {
         "pruned_percent_masked_layers": mask.percent_pruned(),
         "pruned_percent_network": mask.percent_pruned(of=weight_count(network)),
         "pruned_percent_by_layer": mask.pruned_by_layer(),
-        "kept_weights_that_are_0": sum(
-            int((network.get_parameter(key)[kept] == 0).sum()) for key, kept in mask.items()
-        ),
-        "memory_mib_masked_layers": memory(modules),
+        "kept_weights_that_are_0": zeros,
+        "memory_mib_masked_layers": memory([network.get_submodule(key.removesuffix(".weight")) for key in mask]),
         "memory_mib_network": memory(list(network.modules())),
     }
 
@@ -387,9 +365,7 @@ def memory(modules: list[nn.Module]) -> float:
         if isinstance(module, nn.modules.batchnorm._NormBase):
             continue
         for tensor in map(torch.atleast_1d, module.parameters(recurse=False)):
-            file = io.BytesIO()
-            scipy.sparse.save_npz(
-                file, scipy.sparse.csr_matrix(tensor.detach().float().cpu().reshape(len(tensor), -1).numpy())
-            )
+            values = tensor.detach().float().cpu().reshape(len(tensor), -1).numpy()
+            scipy.sparse.save_npz(file := io.BytesIO(), scipy.sparse.csr_matrix(values))
             total += len(file.getbuffer())
     return total / 2**20
