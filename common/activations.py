@@ -137,7 +137,6 @@ def collect_activations(
 
     Parameters
     ----------
-    network : any module
     keys : names of the layers' weights in the state_dict, such as "fc2.weight"
     split : the images, in the order of the rows returned
     positions : of every image's map at most so many random ones are seen, a row each; None: maps count as their means
@@ -195,9 +194,7 @@ def output_sensitivity(
 
     Parameters
     ----------
-    network : any module
     keys : names of the layers' weights in the state_dict
-    split : the images
     seed : of the random combinations
     positions : a map's values vary each on its own, so that squared slopes are summed over its positions; otherwise
         the map counts as its mean, whose slope is their sum: that does not see what differs within the map
@@ -218,10 +215,8 @@ def output_sensitivity(
             values = (values if positions else values.mean(2, keepdim=True)).double()
             moments[key] = moments[key] + torch.stack([values.mean(2).sum(0), values.square().mean(2).sum(0)])
         count += len(outputs[None])
-    variances = {}
-    for key, moment in moments.items():
-        mean, square = moment / count
-        variances[key] = (square - mean**2).clamp(min=0)
+    means = ((key, moment / count) for key, moment in moments.items())
+    variances = {key: (square - mean**2).clamp(min=0) for key, (mean, square) in means}
     total = variances.pop(None).sum().clamp(min=torch.finfo(torch.float64).tiny)  # 0 where all images are the same
     return {key: (variance * slopes[key] / count / total).cpu().numpy() for key, variance in variances.items()}
 
@@ -231,27 +226,15 @@ def block_taylor(network: nn.Module, blocks: dict[str, Blocks], split: Split | F
 
     The change is the sum over the block's weights of weight times gradient of the image's cross-entropy: the empirical
     Fisher information of a gate on the block (Theis et al., 2018; Molchanov et al., CVPR 2019, equation 8).
-
-    Parameters
-    ----------
-    network : any module
-    blocks : by key of the state_dict
-    split : the images
     """
     sums, read, count = dict.fromkeys(blocks, 0), {}, 0
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, reduction="sum")
-
+    loss = partial(F.cross_entropy, reduction="sum")
     with forward_hooks(network, list(blocks), lambda key, features, _: read.update({key: features.detach().clone()})):
         for outputs, gradients in _gradients(network, list(blocks), split, loss):
             for key, gradient in gradients.items():
                 changes = _weight_times_gradient(plain_layer(network, key), read.pop(key), gradient)
-                labels = blocks[key].child_groups, blocks[key].parent_groups
-                counts = blocks[key].weights.shape
-                children, parents = (
-                    F.one_hot(torch.from_numpy(g), n).to(changes) for g, n in zip(labels, counts, strict=True)
-                )
+                groups = blocks[key].child_groups, blocks[key].parent_groups
+                children, parents = (F.one_hot(torch.from_numpy(of_units)).to(changes) for of_units in groups)
                 sums[key] = sums[key] + (children.T @ changes @ parents).double().square().sum(0)
             count += len(outputs[None])
     count = parallel.all_reduce(torch.tensor(count, device=outputs[None].device))

@@ -32,7 +32,6 @@ def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileS
     network : the dense one with the mask applied; changed in place
     dense : the network before pruning
     mask : of the layers to refit, in any order
-    split : the images
     sweeps : passes of the pruned network
 
     Notes
