@@ -16,7 +16,7 @@ network's output variance that goes through the unit as snr, information that is
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from common.cmi.inputs import Layer, in_parallel
+from common.cmi.inputs import Layer, in_parallel, members
 
 ROWS = 256  # parents removed between two updates of the whole precision matrix
 MEMORY = 2**27  # bytes of precision matrices that one worker changes at a time
@@ -39,15 +39,13 @@ def scores(layer: Layer, covariance: np.ndarray, snr: np.ndarray | None = None, 
     regression = precision @ covariance[:p, p:] * np.sqrt(signal)
     children = covariance[p:, p:] * np.sqrt(np.outer(signal, signal))
     residual = children - (covariance[p:, :p] * np.sqrt(signal)[:, None]) @ regression + noise * np.eye(len(signal))
-    parents, own = _members(layer.parent_groups)[live], _members(layer.child_groups)
+    parents, own = members(layer.parent_groups)[live], members(layer.child_groups)
     size, everything = parents.shape[1], parents.ravel()
     precision = _block(precision, everything, everything, np.eye(parents.size))
 
     def rows(groups: np.ndarray) -> np.ndarray:
-        known = np.stack(
-            [_block(regression, everything, own[j], np.zeros((parents.size, own.shape[1]))) for j in groups]
-        )
-        left = np.stack([_block(residual, own[j], own[j], np.eye(own.shape[1])) for j in groups])
+        known = np.stack([_block(regression, everything, units, 0.0) for units in own[groups]])
+        left = np.stack([_block(residual, units, units, np.eye(own.shape[1])) for units in own[groups]])
         found = np.zeros((len(groups), layer.shape[1]))
         for row, order, losses in zip(found, *_eliminate(precision, known, left, size), strict=True):
             row[live[order]] = isotonic_regression(losses).x * (1 + ORDER * np.arange(len(order)))
@@ -58,15 +56,7 @@ def scores(layer: Layer, covariance: np.ndarray, snr: np.ndarray | None = None, 
     return np.vstack(list(in_parallel(rows, chunks, n_jobs))) if len(live) else np.zeros(layer.shape)
 
 
-def _members(groups: np.ndarray) -> np.ndarray:
-    """The units of every group (G, size); -1 fills up groups that are smaller than the largest."""
-    sizes = np.bincount(groups)
-    members = np.full((len(sizes), sizes.max()), -1)
-    members[np.arange(sizes.max()) < sizes[:, None]] = np.argsort(groups, kind="stable")
-    return members
-
-
-def _block(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, filling: np.ndarray) -> np.ndarray:
+def _block(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, filling) -> np.ndarray:
     """These rows and columns of a matrix; where one of them is -1, the filling."""
     return np.where((rows >= 0)[:, None] & (columns >= 0), matrix[np.ix_(rows, columns)], filling)
 

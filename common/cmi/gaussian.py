@@ -15,7 +15,7 @@ from scipy.special import digamma
 from sklearn.covariance import ledoit_wolf_shrinkage
 
 from common.cmi import backward
-from common.cmi.inputs import Layer, as_array, check_choice, check_number
+from common.cmi.inputs import Layer, as_array, check_choice, check_number, members
 
 DEGENERATE = 1e-6  # variance, of units of variance 1, below which a direction is taken as a function of the others
 MOST_SNR = 1e100  # its square is a number, too
@@ -32,20 +32,13 @@ def _checked_snr(snr, given: str, units: tuple[int]) -> np.ndarray:
 
 
 def scores(
-    layer: Layer,
-    *,
-    n_jobs: int = 1,
-    seed: int = 0,
-    shrinkage: float | None = None,
-    given: str = "rest",
-    snr: np.ndarray | None = None,
+    layer: Layer, *, n_jobs: int = 1, seed: int = 0, shrinkage: float | None = None, given: str = "rest", snr=None
 ) -> np.ndarray:
-    """Gaussian scores of all pairs; see `common.cmi.layer_cmi` for their meaning.
+    """Gaussian scores of all pairs; see `common.cmi.layer_cmi` for their meaning. `seed` is not used.
 
     Parameters
     ----------
     n_jobs : parallel workers, of which only `given` = "kept" has any use
-    seed : not used
     given : "rest" conditions on all other parents; "kept" on those that are left when the least informative ones go
         one by one: see `common.cmi.backward`
     snr : (c,) only with `given` = "kept": signal-to-noise ratio, from 0 to 1e100, at which each child unit is seen;
@@ -103,44 +96,23 @@ def _is_degenerate(covariance: np.ndarray, layer: Layer) -> bool:
 def _half_log_dets(covariance: np.ndarray, layer: Layer) -> np.ndarray:
     """1/2 log det(I + M_ij M_ij') of every pair (H, G)."""
     precision, matrix, residual = regress(covariance, len(layer.parent_groups))
-    matrix = matrix.copy()
-    for i in range(layer.shape[1]):
-        own = np.flatnonzero(layer.parent_groups == i)
-        factor = cholesky(precision[np.ix_(own, own)], lower=True)
-        matrix[own] = solve_triangular(factor, matrix[own], lower=True)
-    for j in range(layer.shape[0]):
-        own = np.flatnonzero(layer.child_groups == j)
-        factor = cholesky(residual[np.ix_(own, own)], lower=True)
-        matrix[:, own] = solve_triangular(factor, matrix[:, own].T, lower=True).T
-    blocks = _blocks(matrix, layer)
+    for inner, groups, side in ((precision, layer.parent_groups, matrix), (residual, layer.child_groups, matrix.T)):
+        for g in range(groups.max() + 1):
+            own = np.flatnonzero(groups == g)
+            factor = cholesky(inner[np.ix_(own, own)], lower=True)
+            side[own] = solve_triangular(factor, side[own], lower=True)
+    parents, children = members(layer.parent_groups)[:, :, None], members(layer.child_groups)[:, None, None, :]
+    blocks = np.pad(matrix, (0, 1))[parents, children]  # (H, G, largest parent group, largest child group)
     if blocks.shape[2] > blocks.shape[3]:
         blocks = blocks.transpose(0, 1, 3, 2)
     grams = blocks @ blocks.transpose(0, 1, 3, 2)
     return np.linalg.slogdet(grams + np.eye(grams.shape[-1]))[1] / 2
 
 
-def _blocks(matrix: np.ndarray, layer: Layer) -> np.ndarray:
-    """The blocks of a (p, c) matrix as (H, G, largest parent group, largest child group), filled up with zeros."""
-    rows, columns = _places(layer.parent_groups), _places(layer.child_groups)
-    blocks = np.zeros((*layer.shape, rows.max() + 1, columns.max() + 1))
-    blocks[layer.child_groups, layer.parent_groups[:, None], rows[:, None], columns] = matrix
-    return blocks
-
-
-def _places(groups: np.ndarray) -> np.ndarray:
-    """The place of every unit within its group, from 0."""
-    places = np.empty_like(groups)
-    for g in range(groups.max() + 1):
-        own = groups == g
-        places[own] = np.arange(own.sum())
-    return places
-
-
 def _bias(layer: Layer) -> np.ndarray:
     """Expectation (H, G) of the plug-in estimate minus the truth, for Gaussian data."""
-    freedom = layer.n - 1
     total = layer.parent_units.sum()
-    terms = digamma((freedom - np.arange(total + layer.child_units.max())) / 2) / 2
+    terms = digamma((layer.n - 1 - np.arange(total + layer.child_units.max())) / 2) / 2
     log_det = np.r_[0, np.cumsum(terms)]  # by dimension, up to parts that cancel
     child, rest = layer.child_units[:, None], total - layer.parent_units[None]
     return log_det[child + rest] + log_det[total] - log_det[rest] - log_det[child + total]

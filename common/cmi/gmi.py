@@ -71,12 +71,10 @@ def residual_scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0) -> np.ndarr
     Parameters, returns and sources are those of `scores`.
     """
     joint, replaced, fitted = _thirds(layer.n, seed)
-    rows = np.r_[joint, replaced]
-    given = np.r_[joint, np.roll(replaced, 1)]
-    p = len(layer.parent_groups)
+    rows, given = np.r_[joint, replaced], np.r_[joint, np.roll(replaced, 1)]
     data = np.hstack([layer.parents, layer.children])
     covariance = (1 - RIDGE) * data[fitted].T @ data[fitted] / len(fitted) + RIDGE * np.eye(data.shape[1])
-    precision, regression, _ = regress(covariance, p)
+    precision, regression, _ = regress(covariance, len(layer.parent_groups))
     unexplained = layer.children - layer.parents @ regression
 
     def of_parent(i: int) -> np.ndarray:

@@ -92,6 +92,14 @@ def standardise(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(live, scaled / np.where(live, deviation, 1), 0.0), live
 
 
+def members(groups: np.ndarray) -> np.ndarray:
+    """The units of every group (G, size); -1 fills up groups that are smaller than the largest."""
+    sizes = np.bincount(groups)
+    found = np.full((len(sizes), sizes.max()), -1)
+    found[np.arange(sizes.max()) < sizes[:, None]] = np.argsort(groups, kind="stable")
+    return found
+
+
 class Layer:
     """The checked and standardised inputs of an estimator.
 
