@@ -92,14 +92,6 @@ def address(text: str) -> str:
     return text
 
 
-class Switch(argparse.BooleanOptionalAction):
-    """--Flag and --no-Flag; says its default as other flags do."""
-
-    def __init__(self, option_strings, dest, default=None, help=None) -> None:
-        super().__init__(option_strings, dest, default)
-        self.help = help
-
-
 MOST = 2**31 - 1
 COUNT, SHARE, INDEX = number(int, 1, MOST), number(float, 0, 1), number(int, 0, MOST)
 POSITIVE = number(float, 0, above=True)
@@ -107,12 +99,11 @@ CORES = joblib.cpu_count()  # that this process may use
 MANY = {"nargs": "+"}
 GPU = "number of the CUDA GPU, if any; under torchrun by process"
 COMPILE = "train through torch.compile: slow to start; --no-Compile: nor by the CUDA graphs that a single GPU replays"
-GRANULARITY = ("block", "channel")
 GRAINS = "blocks, or whole input channels: all children are one group, every parent one; residual sums stay"
 KERNEL_WIDTH = f"kde: kernel width / sqrt(parent units), or the likeliest of few units (default: {kde.WIDTH})"
 BY_LAYER = "one for all pairs, or one per pair (default: model.py's, by layer)"
 GO_ON = "the same command goes on from what is written"
-SWITCH, ON = {"action": Switch}, {"action": "store_true"}
+SWITCH, ON = {"action": argparse.BooleanOptionalAction}, {"action": "store_true"}
 
 
 def _flag(stages: str, kind, help_: str, default=None, **options) -> dict:
@@ -120,9 +111,9 @@ def _flag(stages: str, kind, help_: str, default=None, **options) -> dict:
     return {"stages": stages, **({} if kind is None else typed), "help": help_, "default": default, **options}
 
 
-def _everywhere(name: str, *flag, **options) -> dict:
-    """A flag that stage 2 spells in lower case."""
-    return {name: _flag("134", *flag, **options), name.lower(): _flag("2", *flag, **options)}
+def _everywhere(name: str, *flag, stages: str = "134", **options) -> dict:
+    """A flag that stage 2 has too, and spells in lower case."""
+    return {name: _flag(stages, *flag, **options), name.lower(): _flag("2", *flag, **options)}
 
 
 EVERYDAY = {
@@ -149,8 +140,7 @@ EVERYDAY = {
     "Criterion": _flag("3", CRITERIA, "what ranks the blocks: scores, also times mean weight, or a control", "cmi"),
 }
 PRUNING = {
-    "Granularity": _flag("3", GRANULARITY, GRAINS, "block"),
-    "granularity": _flag("2", GRANULARITY, GRAINS, "block"),
+    **_everywhere("Granularity", ("block", "channel"), GRAINS, "block", stages="3"),
     "children_key": _flag("3", None, "the layers that are pruned (default: the MAX_SPARSITY of model.py)", **MANY),
     "parent_key": _flag("3", None, "what each of them reads (default: by PAIRS of model.py)", **MANY),
     "parent_clusters": _flag("23", COUNT, f"number of groups of parents: {BY_LAYER}", **MANY),
@@ -198,8 +188,7 @@ DATA = {
     **_everywhere("Model", None, "the network of this folder"),
 }
 MACHINE = {
-    "Device_ids": _flag("13", INDEX, GPU, [0], **MANY),
-    "device_ids": _flag("2", INDEX, GPU, [0], **MANY),
+    **_everywhere("Device_ids", INDEX, GPU, [0], stages="13", **MANY),
     "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (default: cpu)"),
     "scheduler": _flag("2", address, "compute the scores on the workers of this Dask scheduler, tcp://HOST:PORT"),
     "Threads": _flag("4", COUNT, "CPU threads that latency is measured with, one number after the other", [1], **MANY),
@@ -240,7 +229,8 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
         group = parser.add_argument_group(title)
         for name, flag in flags.items():
             if _stage in flag["stages"]:
-                group.add_argument(f"--{name}", **_options(name, flag, defaults))
+                options, default = _options(name, flag, defaults)
+                group.add_argument(f"--{name}", **options).default = default  # of a switch argparse would say it again
     args = parser.parse_args(argv)
     if stage in (2, 4) and parallel.size() > 1:
         cores = "one process that uses all cores (--cores)" if stage == 2 else "one process"
@@ -326,21 +316,21 @@ def _check_values(where: str, values: dict) -> None:
                 raise InputError(f"{where}, {name}: {error}") from error
 
 
-def _options(name: str, flag: dict, defaults: dict) -> dict:
-    """What argparse is told of a flag."""
-    options = {**flag, "default": defaults.get(name, flag["default"])}
-    del options["stages"]
+def _options(name: str, flag: dict, defaults: dict) -> tuple[dict, object]:
+    """What argparse is told of a flag, and its default."""
+    default = defaults.get(name, flag["default"])
+    options = {key: value for key, value in flag.items() if key not in ("stages", "default")}
     if name in ("Model", "model"):
-        options["choices"] = (options["default"],)
+        options["choices"] = (default,)
     if name == "key_id" and _stage == "2":
         options |= {"required": True, "type": lambda text: text if text == "all" else INDEX(text)}
     if name == "Epoch" and _stage == "3":
         options["type"] = INDEX  # none: the pruned network as it is
-    if options.get("type") is results_path and options["default"] is not None:
-        options["default"] = under_results(options["default"])
-    if options["default"] is not None and options.get("action") != "store_true":
-        options["help"] += f" (default: {_shown(options['default'])})"
-    return options
+    if options.get("type") is results_path and default is not None:
+        default = under_results(default)
+    if default is not None and options.get("action") != "store_true":
+        options["help"] += f" (default: {_shown(default)})"
+    return options, default
 
 
 def _shown(value) -> str:
