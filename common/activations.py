@@ -62,13 +62,11 @@ def forward_hooks(network: nn.Module, keys: list[str], see: Callable[[str, Tenso
         see(key, inputs[0] if len(inputs) == 1 else None, output)
         return output.clone() if isinstance(output, Tensor) else output
 
-    layers = {key: network.get_submodule(key.removesuffix(".weight")) for key in keys}
-    handles = [layer.register_forward_hook(partial(on_run, key)) for key, layer in layers.items()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for key in keys:
+            layer = network.get_submodule(key.removesuffix(".weight"))
+            hooks.enter_context(layer.register_forward_hook(partial(on_run, key)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def run_order(network: nn.Module, keys: list[str], split: Split | FileSplit) -> list[str]:

@@ -234,16 +234,10 @@ def shift_and_mirror(images: Tensor, down: Tensor, right: Tensor, mirrored: Tens
 
 
 def sample_per_class(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Indices of `count` rows of every class that occurs in `labels` (n,), drawn by `seed` without replacement.
+    """Indices (count * classes,) of `count` rows of every class that occurs in `labels` (n,), drawn by `seed`.
 
-    Returns
-    -------
-    (count * classes,) int64 tensor in random order, so that any cut of it is a mixed sample.
-
-    Raises
-    ------
-    InputError
-        If a class has fewer rows than asked.
+    Without replacement and in random order, so that any cut of it is a mixed sample; an InputError if a class has
+    fewer rows than asked.
     """
     rng = np.random.default_rng(seed)
     values = labels.cpu().numpy()
@@ -309,8 +303,7 @@ def _only(part: tuple, names: list[str], chosen: list[str] | None) -> tuple:
     """The images and labels of the chosen classes."""
     if chosen is None:
         return part
-    unknown = [name for name in chosen if name not in names]
-    if unknown:
+    if unknown := [name for name in chosen if name not in names]:
         some = ", ".join(map(shown, names[:10])) + (", ..." if len(names) > 10 else "")
         raise InputError(f"`classes` {unknown[0]}: no such class; legal: {some}")
     images, labels = part

@@ -29,9 +29,8 @@ def processes() -> Iterator[None]:
         raise InputError(f"the processes cannot be joined (RANK {rank()} of fewer); start them with torchrun")
     gpus = torch.cuda.device_count()
     if gpus and max(_number("LOCAL_WORLD_SIZE"), local_gpu(0) + 1) > gpus:  # every process here sees it
-        raise InputError(
-            f"more processes than GPUs: there are {gpus}; start as many (torchrun --nproc_per_node {gpus})"
-        )
+        as_many = f"start as many (torchrun --nproc_per_node {gpus})"
+        raise InputError(f"more processes than GPUs: there are {gpus}; {as_many}")
     options = {"backend": "nccl", "device_id": torch.device("cuda", local_gpu(0))} if gpus else {"backend": "gloo"}
     try:
         dist.init_process_group(**options)
@@ -171,13 +170,7 @@ def broadcast_buffers(network: nn.Module) -> None:
 
 
 def assert_in_sync(tensors: dict[str, Tensor]) -> None:
-    """Compare a hash of named tensors over all processes.
-
-    Raises
-    ------
-    RuntimeError
-        If they are not the same everywhere.
-    """
+    """A RuntimeError unless the hash of named tensors is the same in all processes."""
     if size() == 1:
         return
     digest = hashlib.sha256()

@@ -38,9 +38,8 @@ class LayerPair:
         blocks, (path, *_) = estimate.blocks, self.paths
         contents = dict(zip(self.paths, (scores, blocks.parent_groups, blocks.child_groups), strict=True))
         contents |= {artifacts.sibling(path, kind): array for kind, array in arrays.items()}
-        spread = {"mean": float(scores.mean()), "std": float(scores.std())}
-        spread |= {"negative_share": float((scores < 0).mean())}
-        measured = {"shape": list(scores.shape), **spread, **figures}
+        measured = {"shape": list(scores.shape), "mean": float(scores.mean()), "std": float(scores.std())}
+        measured |= {"negative_share": float((scores < 0).mean()), **figures}
         seconds = round(time.perf_counter() - estimate.began, 1)
         peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         known = {"status": "complete", "scores": measured, "wall_seconds": seconds, "peak_memory_mib": peak}
@@ -96,19 +95,13 @@ class Estimator:
 
 
 def uncertainty(
-    estimate: Estimator,
-    children,
-    parents,
-    scores: np.ndarray,
-    split_half: bool,
-    bootstrap: int | None,
-    null: int | None,
+    estimate: Estimator, children, parents, scores, split_half: bool, bootstrap: int | None, null: int | None
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """How far scores can be trusted.
 
     Parameters
     ----------
-    estimate : what made the scores, from (n, c) and (n, p) activations
+    estimate : what made the scores (H, G), from (n, c) and (n, p) activations
     split_half, bootstrap, null : whether and how often to do what the functions below do
 
     Returns
@@ -185,10 +178,8 @@ def load(
     made_of = record.get("inputs", {})
     if made_of and not set(made_of.values()) & set(checkpoint.values()):
         raise InputError(f"{paths[0]} was made of another checkpoint than {next(iter(checkpoint))}; {remedy}")
-    for path, labels, wanted in (
-        (paths[1], parent_groups, expected.parent_groups),
-        (paths[2], child_groups, expected.child_groups),
-    ):
+    sides = (parent_groups, expected.parent_groups), (child_groups, expected.child_groups)
+    for path, (labels, wanted) in zip(paths[1:], sides, strict=True):
         count = wanted.max() + 1
         if labels.shape != wanted.shape or labels.dtype.kind not in "iu" or set(labels.tolist()) != set(range(count)):
             raise InputError(f"{path} does not put {len(wanted)} units into {count} groups; {remedy}")

@@ -47,9 +47,8 @@ TRAINING = {
 }
 SCORING = {"samples_per_class": 5}
 GROUPS = {child: (64, 64) for _, child in PAIRS}  # numbers of parent and of child groups, by child
-MAX_SPARSITY = {
-    child: 0.55 for _, child in PAIRS[:-1]
-}  # all convolutions but the first; at most how much of each is pruned
+# all convolutions but the first; at most how much of each is pruned
+MAX_SPARSITY = {child: 0.55 for _, child in PAIRS[:-1]}
 # what --Granularity channel prunes by default: the convolutions that alone read what they read
 INNER = [child for child in MAX_SPARSITY if child.endswith(("conv2.weight", "conv3.weight"))]
 RETRAINING = {
