@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
@@ -217,7 +218,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}{hint}\n")
 
 
-def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] | None = None) -> argparse.Namespace:
+def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] | None = None) -> Namespace:
     """Parse a script's flags, whose defaults are the values of its model.py, and refuse what cannot be."""
     global _stage
     _stage = str(stage)
@@ -245,8 +246,7 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
     return args
 
 
-HYPERPARAMETERS = ("Dataset", "Dims", "Epoch", "Batch_size", "Lr", "Milestones", "Gamma", "Opt", "Nesterov")
-HYPERPARAMETERS += ("Weight_decay", "Val_size")
+HYPERPARAMETERS = "Dataset Dims Epoch Batch_size Lr Milestones Gamma Opt Nesterov Weight_decay Val_size".split()
 TABLES = {"TRAINING": HYPERPARAMETERS, "SCORING": ("samples_per_class",)}  # of model.py, and what they hold at least
 TABLES["RETRAINING"] = (*HYPERPARAMETERS, "lower_prune_per", "upper_prune_per", "prune_per_step")
 NEEDED = {"NAME": str, "PAIRS": list, **dict.fromkeys((*TABLES, "GROUPS", "MAX_SPARSITY"), dict), "build": Callable}
@@ -342,7 +342,7 @@ def _shown(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _check_training(args: argparse.Namespace, model: ModuleType) -> None:
+def _check_training(args: Namespace, model: ModuleType) -> None:
     if args.Select == "val" and args.Val_size == 0:
         raise InputError("--Val_size 0 leaves nothing to choose the best epoch by; give a size, or --Select test")
     if args.Schedule != "one-cycle" and args.Warm_up != AS_EVER["Warm_up"]:
@@ -360,11 +360,11 @@ def _check_training(args: argparse.Namespace, model: ModuleType) -> None:
             raise InputError(f"--Batch_size {args.Batch_size}: {why} for each process; legal: {least} or more")
 
 
-def _has_batch_norm(args: argparse.Namespace, model: ModuleType) -> bool:
+def _has_batch_norm(args: Namespace, model: ModuleType) -> bool:
     return any(isinstance(module, _BatchNorm) for module in model.build(args.Dims).modules())
 
 
-def _check_scoring(args: argparse.Namespace, model: ModuleType) -> None:
+def _check_scoring(args: Namespace, model: ModuleType) -> None:
     args.key_ids = range(len(model.PAIRS)) if args.key_id == "all" else [in_range(args.key_id, model.PAIRS)]
     resolve_groups(args, [model.PAIRS[k][1] for k in args.key_ids], model)
     if args.given == model.SCORING.get("given") and args.estimator != model.SCORING.get("estimator", "kde"):
@@ -376,7 +376,7 @@ def _check_scoring(args: argparse.Namespace, model: ModuleType) -> None:
     scoring_options(args)
 
 
-def _check_pruning(args: argparse.Namespace, model: ModuleType) -> None:
+def _check_pruning(args: Namespace, model: ModuleType) -> None:
     _check_training(args, model)
     pruned_share(args)
     resolve_pairs(args, model)
@@ -387,7 +387,7 @@ def _check_pruning(args: argparse.Namespace, model: ModuleType) -> None:
         args.Samples_per_class = None  # no images are needed: not recorded
 
 
-def _check_exporting(args: argparse.Namespace, _model: ModuleType) -> None:
+def _check_exporting(args: Namespace, _model: ModuleType) -> None:
     absent = [name for name in export.PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
         raise InputError(f"stage 4 needs {', '.join(absent)}: pip install -r requirements-export.txt")
@@ -396,7 +396,7 @@ def _check_exporting(args: argparse.Namespace, _model: ModuleType) -> None:
         raise InputError(f"--Save_dir {display_path(args.Save_dir)} holds the checkpoint; name another directory")
 
 
-def recorded(args: argparse.Namespace) -> dict:
+def recorded(args: Namespace) -> dict:
     """The arguments as records hold them: what decides the result, no path outside the repository."""
     return {
         flag: display_path(value) if isinstance(value, Path) else value
@@ -405,7 +405,7 @@ def recorded(args: argparse.Namespace) -> dict:
     }
 
 
-def load_data(args: argparse.Namespace, checkpoint: dict | None = None) -> Data:
+def load_data(args: Namespace, checkpoint: dict | None = None) -> Data:
     """The data set, split as the flags ask for, on the chosen device; settles --Amp and --Compile, which depend on it.
 
     Refuses a wrong number of classes, and a checkpoint of other data or of images that are now held out.
@@ -434,7 +434,7 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None = None) -> Data:
     return replace(data, selection=chooses[args.Select]) if args.stage != 2 else data
 
 
-def load_given(args: argparse.Namespace, network: nn.Module, model: ModuleType) -> None:
+def load_given(args: Namespace, network: nn.Module, model: ModuleType) -> None:
     """Put the weights into the network that --Weights or --Init names, if one does: torchvision's, or a file's."""
     source = args.Weights or args.Init
     if source is None:
@@ -453,7 +453,7 @@ def load_given(args: argparse.Namespace, network: nn.Module, model: ModuleType) 
 
 
 def start_run(
-    args: argparse.Namespace, rerun: int, name: str, images: Data, known: dict | None = None, mask: Mask | None = None
+    args: Namespace, rerun: int, name: str, images: Data, known: dict | None = None, mask: Mask | None = None
 ) -> contextlib.AbstractContextManager[Run]:
     """A run of stages 1 and 3 that writes the checkpoint `name`, with what else is `known` of it; see `runs.Run`."""
     given = [source for flag in ("Weights", "Init") if isinstance(source := getattr(args, flag, None), Path)]
@@ -467,7 +467,7 @@ def start_run(
     return runs.start(args.Save_dir / str(rerun) / name, record, images, **options)
 
 
-def example_images(args: argparse.Namespace) -> Tensor:
+def example_images(args: Namespace) -> Tensor:
     """Random training images on the CPU that stage 4 traces, checks and measures a network with."""
     reading = {"classes": args.Classes, "workers": args.Workers, "skip": args.Skip_unreadable}
     split = load(args.Dataset, args.Data_dir, val_size=0, device=torch.device("cpu"), **reading).train
@@ -476,7 +476,7 @@ def example_images(args: argparse.Namespace) -> Tensor:
 
 
 @contextlib.contextmanager
-def start_export(args: argparse.Namespace) -> Iterator[Callable[[dict[str, bytes], dict], None] | None]:
+def start_export(args: Namespace) -> Iterator[Callable[[dict[str, bytes], dict], None] | None]:
     """What writes stage 4's files, by suffix, and their record, alone with them; None if they are there already."""
     path = (args.Save_dir / args.Checkpoint.name).with_suffix(".safetensors")
     record = {"stage": 4, "arguments": recorded(args), "inputs": records.checksums(args.Checkpoint), **args.code}
@@ -494,14 +494,14 @@ def start_export(args: argparse.Namespace) -> Iterator[Callable[[dict[str, bytes
         yield None if done else write
 
 
-def about(args: argparse.Namespace) -> dict[str, str]:
+def about(args: Namespace) -> dict[str, str]:
     """What exported weights say of themselves: the architecture and the record of the run that made them."""
     known = records.record_path(args.Checkpoint)
     record = {k: v for k, v in (records.read(known) if known.is_file() else {}).items() if k != "epochs"}
     return {"format": "pt", "architecture": args.Model, "record": json.dumps(record)}
 
 
-def _note_other_code(args: argparse.Namespace, checkpoint: Path) -> None:
+def _note_other_code(args: Namespace, checkpoint: Path) -> None:
     """Say if model.py is not what it was when the checkpoint was made."""
     known = records.record_path(checkpoint)
     made = records.read(known).get("code", {}).get("model.py") if known.is_file() else None
@@ -509,15 +509,13 @@ def _note_other_code(args: argparse.Namespace, checkpoint: Path) -> None:
         print(f"{checkpoint} was made with other code in model.py; its weights are taken as they are")
 
 
-def weights_path(args: argparse.Namespace) -> Path:
+def weights_path(args: Namespace) -> Path:
     """The checkpoint that stage 2 scores."""
     return args.weights_dir / (args.weights_file or "logits_best.pkl")
 
 
 @contextlib.contextmanager
-def pending_pairs(
-    args: argparse.Namespace, network: nn.Module, model: ModuleType, images: Data
-) -> Iterator[list[LayerPair]]:
+def pending_pairs(args: Namespace, network: nn.Module, model: ModuleType, images: Data) -> Iterator[list[LayerPair]]:
     """The layer pairs that stage 2 is asked for and that are not scored yet, alone with their files."""
     known = {"inputs": records.checksums(weights_path(args)), "data": images.describe(), **args.code}
     known |= records.environment(images.device)
@@ -530,7 +528,7 @@ def pending_pairs(
             blocks = contiguous_blocks(network, child, *groups, last)
             paths = tuple(artifacts.score_path(family, parent, child) for family in families)
             of_pair = {"key_id": key_id, "parent_clusters": groups[:1], "children_clusters": groups[1:]}
-            arguments = recorded(argparse.Namespace(**{**vars(args), **of_pair}))
+            arguments = recorded(Namespace(**{**vars(args), **of_pair}))
             record = {"stage": 2, "arguments": arguments, **known}
             locks.enter_context(file_lock(paths[0]))
             if not records.is_complete(paths[0], record, f"name another --name_postfix, or remove {paths[0].stem}.*"):
@@ -540,7 +538,7 @@ def pending_pairs(
             print(f"{args.weights_dir}: scores of {len(args.key_ids)} layer pairs are complete")
 
 
-def scoring_options(args: argparse.Namespace, **more) -> dict:
+def scoring_options(args: Namespace, **more) -> dict:
     """The options of `layer_cmi` that the flags ask for, and more that are not None."""
     owner = {"width": "kde", "precision": "kde", "device": "kde", "given": "gaussian"}
     given = {flag: getattr(args, flag) for flag in owner if getattr(args, flag) is not None}
@@ -571,9 +569,7 @@ class Plan(NamedTuple):
     known: dict  # entries of the record
 
 
-def pruning_plan(
-    args: argparse.Namespace, network: nn.Module, model: ModuleType, images: Data, checkpoint: dict
-) -> Plan:
+def pruning_plan(args: Namespace, network: nn.Module, model: ModuleType, images: Data, checkpoint: dict) -> Plan:
     """Blocks, scores and share that the flags ask for; without scores, blocks by the flags."""
     last = None if args.Granularity == "channel" else output_layer(network, images.train)
     within = Mask.of_checkpoint(checkpoint, network)
@@ -607,7 +603,7 @@ def pruning_plan(
     return Plan(blocks, scores, like, sparsity, args.upper_prune_limit, within, known)
 
 
-def calibration_images(args: argparse.Namespace, images: Data) -> Split | FileSplit | None:
+def calibration_images(args: Namespace, images: Data) -> Split | FileSplit | None:
     """The training images that stage 3 takes statistics from, if what it is asked for needs any."""
     if args.Samples_per_class is None:
         return None
@@ -617,7 +613,7 @@ def calibration_images(args: argparse.Namespace, images: Data) -> Split | FileSp
     return images.train[sample_per_class(labels, count, args.Seed)]
 
 
-def score_families(args: argparse.Namespace) -> list[Path]:
+def score_families(args: Namespace) -> list[Path]:
     """The families of score and label files that stage 3 reads; none for the controls unless they are named."""
     if args.Retrain_mask is None and not args.Criterion.startswith("cmi"):
         return []
@@ -630,14 +626,14 @@ def score_families(args: argparse.Namespace) -> list[Path]:
     return [mask, labels[0] or beside[1], labels[1] or beside[2]]
 
 
-def _family(args: argparse.Namespace, path: Path | None) -> Path | None:
+def _family(args: Namespace, path: Path | None) -> Path | None:
     """The family of a path that may name the file of one layer pair."""
     for parent, child in zip(args.parent_key, args.children_key, strict=True):
         path = path and path.with_name(path.name.replace(f"_{parent}_{child}.npy", ".npy"))
     return path
 
 
-def pruned_share(args: argparse.Namespace) -> float:
+def pruned_share(args: Namespace) -> float:
     """The pruned share that `--Prune_per`, or `--key_id` on the grid, asks for."""
     if (args.Prune_per is None) == (args.key_id is None):
         raise InputError("give either --key_id, to choose from the grid of pruned shares, or --Prune_per")
@@ -650,7 +646,7 @@ def pruned_share(args: argparse.Namespace) -> float:
     return grid[in_range(args.key_id, grid)]
 
 
-def resolve_pairs(args: argparse.Namespace, model: ModuleType) -> None:
+def resolve_pairs(args: Namespace, model: ModuleType) -> None:
     """Put the layer pairs that stage 3 prunes, their numbers of groups and their limits into the arguments."""
     masked = getattr(model, "INNER", model.MAX_SPARSITY) if args.Granularity == "channel" else model.MAX_SPARSITY
     args.children_key = args.children_key or [key for key in model.MAX_SPARSITY if key in masked]
@@ -669,7 +665,7 @@ def resolve_pairs(args: argparse.Namespace, model: ModuleType) -> None:
     one_per_pair(args, "upper_prune_limit", [model.MAX_SPARSITY.get(child, 1.0) for child in args.children_key])
 
 
-def resolve_groups(args: argparse.Namespace, children: list[str], model: ModuleType) -> None:
+def resolve_groups(args: Namespace, children: list[str], model: ModuleType) -> None:
     """Put numbers of groups, one per child layer, into the arguments."""
     given, groups = {flag.lower(): value for flag, value in vars(args).items()}, model.GROUPS
     if given["granularity"] == "channel":
@@ -688,7 +684,7 @@ def in_range(index: int, choices: list) -> int:
     return index
 
 
-def one_per_pair(args: argparse.Namespace, flag: str, default: list) -> None:
+def one_per_pair(args: Namespace, flag: str, default: list) -> None:
     """Put one value per layer pair into the arguments, as many as by default; a single value stands for all."""
     values, pairs = getattr(args, flag) or default, len(default)
     if len(values) not in (1, pairs):

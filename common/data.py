@@ -217,12 +217,9 @@ def crop_and_flip(padding: int = 4) -> Augmentation:
 
 
 def shift_and_mirror(images: Tensor, down: Tensor, right: Tensor, mirrored: Tensor, padding: int) -> Tensor:
-    """Crop every image (b, c, h, w) from itself padded with black, and mirror some.
+    """Crop every image (b, c, h, w) from itself padded with black, and mirror some, left to right.
 
-    Parameters
-    ----------
-    down, right : (b,) where the crop starts in the padded image, 0 to 2 * `padding`
-    mirrored : (b,) boolean, which are mirrored left to right
+    The crop starts at `down` and `right` (b,), 0 to 2 * `padding`, in the padded image; `mirrored` (b,) is boolean.
     """
     height, width = images.shape[2:]
     rows, cols = (torch.arange(n, device=images.device) for n in (height, width))

@@ -156,9 +156,7 @@ def permutation_null(estimate: Estimator, children: np.ndarray, parents: np.ndar
     return np.stack([pooled.mean(1), pooled.std(1), np.quantile(pooled, 0.95, axis=1)], axis=1)
 
 
-def load(
-    paths: list[Path], expected: Blocks, remedy: str, checkpoint: dict[str, str]
-) -> tuple[np.ndarray, Blocks, dict]:
+def load(paths: list[Path], expected: Blocks, remedy: str, checkpoint: dict) -> tuple[np.ndarray, Blocks, dict]:
     """Read scores (H, G) and groups of one layer pair and check them against what was asked for.
 
     Parameters
