@@ -258,6 +258,8 @@ def load(
 ) -> Data:
     """Load a data set and hold `val_size` images of its training set out for validation.
 
+    An InputError if files are missing or damaged, a class is unknown, or too few images of some class are left.
+
     Parameters
     ----------
     name : a key of `DATASETS`
@@ -267,11 +269,6 @@ def load(
     classes : use images of these classes only; labels stay as they are
     workers : processes that read images that do not fit into memory
     skip : leave out image files that cannot be read, and say so, instead of raising
-
-    Raises
-    ------
-    InputError
-        If files are missing or damaged, a class is unknown, or `val_size` leaves too few images of some class.
     """
     source = DATASETS[name](Path(folder).absolute(), name, skip)
     digest = source.fingerprint or _fingerprint(source)

@@ -162,7 +162,7 @@ def select_blocks(
     balanced: bool = False,
     within: dict[str, Tensor] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Keep the blocks of highest rank, over all layers together, at the requested sparsity.
+    """By layer a boolean (H, G) array: True for the blocks of highest rank, over all layers, at the asked sparsity.
 
     Parameters
     ----------
@@ -171,10 +171,6 @@ def select_blocks(
     like : other ranks, which decide how much of each layer is kept: a control that differs from them within layers only
     balanced : spread what each layer keeps evenly over its child and over its parent groups, see `select_balanced`
     within : the mask of a network that is pruned already: what is gone stays gone, and counts as pruned
-
-    Returns
-    -------
-    One boolean (H, G) array per layer, True where a block is kept.
     """
     sizes, within = [block.cost for block in blocks.values()], within or {}
     ranks = {key: np.asarray(values) for key, values in ranks.items()}

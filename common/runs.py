@@ -20,7 +20,6 @@ from common.files import file_lock
 from common.masks import Mask, sparsity_report
 from common.training import Metrics, evaluate
 
-TOLERANCE = {"val": 1.0, "last": 0.0, "test": 0.0}  # standard errors; see `Run.log`
 # formats, by the last part of a figure's name
 SHOWN = {"lr": ".4g", "loss": ".4f", "accuracy": ".2f", "seconds": ".1f", "epoch": ".0f"}
 
@@ -110,7 +109,7 @@ class Run:
             return
         self.highest = max(self.highest, selected.accuracy)
         error = math.sqrt(self.highest * (100 - self.highest) / len(self.data.selection))
-        if selected.accuracy >= self.highest - TOLERANCE[self.select] * error:
+        if selected.accuracy >= self.highest - error * (self.select == "val"):
             self._keep(line)
 
     def remember(self, moment: str, network: nn.Module) -> None:

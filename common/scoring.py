@@ -97,16 +97,10 @@ class Estimator:
 def uncertainty(
     estimate: Estimator, children, parents, scores, split_half: bool, bootstrap: int | None, null: int | None
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """How far scores can be trusted.
+    """How far scores (H, G) can be trusted that `estimate` made of (n, c) and (n, p) activations.
 
-    Parameters
-    ----------
-    estimate : what made the scores (H, G), from (n, c) and (n, p) activations
-    split_half, bootstrap, null : whether and how often to do what the functions below do
-
-    Returns
-    -------
-    Figures by name, and arrays by kind of file: "SE" (H, G), "Null" (H, 3).
+    `split_half`, `bootstrap` and `null` say whether and how often to do what the functions below do. Returned are
+    figures by name, and arrays by kind of file: "SE" (H, G), "Null" (H, 3).
     """
     children, parents = np.asarray(children), np.asarray(parents)
     figures, arrays = {"samples": len(parents)}, {}
@@ -136,10 +130,9 @@ def standard_errors(estimate: Estimator, children: np.ndarray, parents: np.ndarr
     The delete-half jackknife (Shao and Wu, Annals of Statistics 17, 1989). Rows are drawn without replacement, since a
     row and its copy are nearest neighbours and break estimates of density.
     """
-    rng, scores = np.random.default_rng([estimate.options["seed"], 2]), []
-    for b in range(count):
-        rows = rng.permutation(len(children))[: len(children) // 2]
-        scores.append(estimate(children[rows], parents[rows], f"draw{b}"))
+    rng = np.random.default_rng([estimate.options["seed"], 2])
+    halves = [rng.permutation(len(children))[: len(children) // 2] for _ in range(count)]
+    scores = [estimate(children[rows], parents[rows], f"draw{b}") for b, rows in enumerate(halves)]
     return np.std(scores, axis=0, ddof=1)
 
 
@@ -148,16 +141,14 @@ def permutation_null(estimate: Estimator, children: np.ndarray, parents: np.ndar
 
     Permuting all children's rows together keeps everything but the dependence on the parents.
     """
-    rng, scores = np.random.default_rng([estimate.options["seed"], 3]), []
-    for b in range(count):
-        rows = rng.permutation(len(children))
-        scores.append(estimate(children[rows], parents, f"null{b}"))
-    pooled = np.hstack(scores)
+    rng = np.random.default_rng([estimate.options["seed"], 3])
+    orders = [rng.permutation(len(children)) for _ in range(count)]
+    pooled = np.hstack([estimate(children[rows], parents, f"null{b}") for b, rows in enumerate(orders)])
     return np.stack([pooled.mean(1), pooled.std(1), np.quantile(pooled, 0.95, axis=1)], axis=1)
 
 
 def load(paths: list[Path], expected: Blocks, remedy: str, checkpoint: dict) -> tuple[np.ndarray, Blocks, dict]:
-    """Read scores (H, G) and groups of one layer pair and check them against what was asked for.
+    """Scores (H, G), blocks and record ({} of files from elsewhere) of one layer pair, checked.
 
     Parameters
     ----------
@@ -165,10 +156,6 @@ def load(paths: list[Path], expected: Blocks, remedy: str, checkpoint: dict) -> 
     expected : a layer's blocks with the numbers of units and groups that the files must have
     remedy : what to run to make the files, for error messages
     checkpoint : what the scores must have been made of: its checksum by path
-
-    Returns
-    -------
-    Scores, blocks and the record of the scores ({} of files from elsewhere).
     """
     known = records.record_path(paths[0])
     scores, parent_groups, child_groups = (artifacts.load_array(path, known, remedy) for path in paths)

@@ -26,12 +26,8 @@ ORDER = 1e-12  # relative difference by which equal scores keep their order
 def scores(layer: Layer, covariance: np.ndarray, snr: np.ndarray | None = None, n_jobs: int = 1) -> np.ndarray:
     """Scores (H, G) in nats, for each child group ascending in the order of removal.
 
-    Parameters
-    ----------
-    layer : the samples and groups
-    covariance : (p + c, p + c) of parents and children, positive definite
-    snr : (c,) signal-to-noise ratio (of variances) at which each child unit is seen; none: without noise
-    n_jobs : parallel workers
+    `covariance` (p + c, p + c) is of parents and children and positive definite; `snr` (c,) is the signal-to-noise
+    ratio (of variances) at which each child unit is seen, none: without noise.
     """
     p, live = len(layer.parent_groups), np.flatnonzero(layer.parent_units)
     signal, noise = (np.ones(len(layer.child_groups)), 0.0) if snr is None else (np.asarray(snr, float), 1.0)
@@ -64,7 +60,7 @@ def _block(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, filling) -
 def _eliminate(
     precision: np.ndarray, regression: np.ndarray, residual: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Remove all parent groups from several child groups, side by side.
+    """Remove all parent groups from several child groups: their order, and the losses in nats, both (b, p / size).
 
     What removals do to the precision matrix is put off: until it is worth one matrix product, only the rows of the
     groups that go and the diagonal blocks are brought up to date.
@@ -74,10 +70,6 @@ def _eliminate(
     precision : (p, p) of the parents, `size` of them a group
     regression : (b, p, d) of each child group on the parents
     residual : (b, d, d) covariance of what the parents leave of it
-
-    Returns
-    -------
-    The groups in the order of removal, and the losses in nats, both (b, p / size).
     """
     each, order, losses = np.arange(len(residual))[:, None], [], []
     left, precision = np.tile(np.arange(len(precision) // size), (len(residual), 1)), [precision] * len(residual)

@@ -122,16 +122,11 @@ def _whitener(samples: np.ndarray) -> np.ndarray:
 
 
 def _share_separated(shared: Tensor, kids: Tensor, m: int) -> np.ndarray:
-    """1 - R / m for the spanning trees of several sets of points at once, by Prim's algorithm.
+    """1 - R / m (k,) for the spanning trees of several sets of points at once, by Prim's algorithm.
 
-    Parameters
-    ----------
-    shared : (2 m, 2 m) squared distances that all sets have in common
-    kids : (k, 2 m, d) further coordinates of each set; the first m rows are one sample, the others the second
-
-    Returns
-    -------
-    (k,) array. An edge is an edge also at length 0; where points are equally near, their shares in the samples count.
+    All sets have the squared distances `shared` (2 m, 2 m) in common; `kids` (k, 2 m, d) are further coordinates of
+    each. The first m rows are one sample, the others the second. An edge is an edge also at length 0; where points are
+    equally near, their shares in the samples count.
     """
     k, n, _ = kids.shape
     # any order, so that of equally near points those of neither sample come first
