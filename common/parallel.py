@@ -69,11 +69,6 @@ def is_first(message: str) -> bool:
         return True
 
 
-def quiet() -> bool | None:
-    """No progress bar but on process 0, and there only on a terminal: tqdm's `disable`."""
-    return True if rank() else None
-
-
 def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

@@ -83,9 +83,7 @@ def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit | None) 
     return network
 
 
-def _moments(
-    source: nn.Module, dense: nn.Module, keys: list[str], split: Split | FileSplit
-) -> tuple[Tensor, dict[str, tuple]]:
+def _moments(source: nn.Module, dense: nn.Module, keys: list[str], split: Split | FileSplit) -> tuple[Tensor, dict]:
     """Squared error () of the outputs of `source`, and X'X (d, d) and X'Y (d, c) by key.
 
     X is what the layer reads in `source`, and 1; Y what it returns in `dense`.

@@ -74,7 +74,8 @@ def train_epoch(
     network.train()
     device = next(network.parameters()).device
     images_seen, loss_sum, correct = 0, torch.zeros((), device=device), torch.zeros((), device=device)
-    for images, labels, rows in tqdm(batches, unit="batch", leave=False, disable=parallel.quiet()):
+    quiet = True if parallel.rank() else None  # a bar on process 0 alone, and there only on a terminal
+    for images, labels, rows in tqdm(batches, unit="batch", leave=False, disable=quiet):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):  # a graph forbids a cache
             logits = network(images)
         batch_loss = loss(logits.float(), labels)

@@ -57,9 +57,7 @@ def _block(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, filling) -
     return np.where((rows >= 0)[:, None] & (columns >= 0), matrix[np.ix_(rows, columns)], filling)
 
 
-def _eliminate(
-    precision: np.ndarray, regression: np.ndarray, residual: np.ndarray, size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _eliminate(precision: np.ndarray, regression: np.ndarray, residual: np.ndarray, size: int) -> tuple:
     """Remove all parent groups from several child groups: their order, and the losses in nats, both (b, p / size).
 
     What removals do to the precision matrix is put off: until it is worth one matrix product, only the rows of the
@@ -74,7 +72,8 @@ def _eliminate(
     each, order, losses = np.arange(len(residual))[:, None], [], []
     left, precision = np.tile(np.arange(len(precision) // size), (len(residual), 1)), [precision] * len(residual)
     while (count := left.shape[1]) > 0:
-        diagonal = np.stack([_diagonal(matrix, size) for matrix in precision])
+        blocks = np.arange(count * size).reshape(count, size, 1)
+        diagonal = np.stack([matrix[blocks, blocks.swapaxes(1, 2)] for matrix in precision])
         steps = np.zeros((len(each), min(count, max(1, ROWS // size)) * size, count * size))
         stay = np.ones(left.shape, bool)
         for begin in range(0, steps.shape[1], size):  # the matrix is precision - the sum of the steps' outer products
@@ -104,12 +103,6 @@ def _eliminate(
 def _units(groups: np.ndarray, size: int) -> np.ndarray:
     """The units (b, k * size) of groups (b, k) that lie one behind the other."""
     return (groups[:, :, None] * size + np.arange(size)).reshape(len(groups), -1)
-
-
-def _diagonal(matrix: np.ndarray, size: int) -> np.ndarray:
-    """The blocks (p / size, size, size) on the diagonal of a matrix (p, p)."""
-    blocks = np.arange(len(matrix)).reshape(-1, size)
-    return matrix[blocks[:, :, None], blocks[:, None, :]]
 
 
 def _gains(diagonal: np.ndarray, regression: np.ndarray, residual: np.ndarray) -> np.ndarray:
