@@ -388,8 +388,7 @@ def _check_pruning(args: Namespace, model: ModuleType) -> None:
 
 
 def _check_exporting(args: Namespace, _model: ModuleType) -> None:
-    absent = [name for name in export.PACKAGES if importlib.util.find_spec(name) is None]
-    if absent:
+    if absent := [name for name in export.PACKAGES if importlib.util.find_spec(name) is None]:
         raise InputError(f"stage 4 needs {', '.join(absent)}: pip install -r requirements-export.txt")
     args.Save_dir = args.Save_dir or args.Checkpoint.parent / "export"
     if args.Save_dir == args.Checkpoint.parent:

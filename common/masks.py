@@ -191,6 +191,10 @@ def select(
 ) -> Arrays:
     """Drop the blocks of lowest score, over all layers together, until the requested share of weights is gone.
 
+    Returned is one boolean (H, G) array per layer, True where a block is kept. The share of the others is at least
+    `sparsity` and exceeds it by less than one block; no layer's exceeds its maximum. An InputError if the maxima do not
+    allow the sparsity, more is gone already, or a score is not a number.
+
     Parameters
     ----------
     scores : one (H, G) array per layer; low scores are pruned first, equal ones in an order that is fixed and arbitrary
@@ -198,16 +202,6 @@ def select(
     sparsity : share of all these weights to prune, in [0, 1]
     max_sparsity : largest share of each layer that may be pruned
     rest : how many weights of each block are not pruned yet, same shapes; default: all
-
-    Returns
-    -------
-    One boolean (H, G) array per layer, True where a block is kept. The share of the others is at least `sparsity` and
-    exceeds it by less than one block; no layer's exceeds its maximum.
-
-    Raises
-    ------
-    InputError
-        If the maxima do not allow the sparsity, more is gone already, or a score is not a number.
     """
     flat = np.concatenate([s.ravel() for s in scores])
     _check(flat, sparsity, *max_sparsity)
