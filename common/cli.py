@@ -24,8 +24,6 @@ import joblib
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from common import artifacts, cluster, export, parallel, records, runs, scoring
 from common.activations import output_layer, output_positions, run_order
@@ -361,7 +359,7 @@ def _check_training(args: Namespace, model: ModuleType) -> None:
 
 
 def _has_batch_norm(args: Namespace, model: ModuleType) -> bool:
-    return any(isinstance(module, _BatchNorm) for module in model.build(args.Dims).modules())
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.build(args.Dims).modules())
 
 
 def _check_scoring(args: Namespace, model: ModuleType) -> None:
@@ -371,7 +369,7 @@ def _check_scoring(args: Namespace, model: ModuleType) -> None:
         args.given = None  # the default belongs to the default estimator
     if args.sampling == "means":
         args.positions = None
-    elif not any(isinstance(layer, _ConvNd) for layer in model.build(args.dims).modules()):
+    elif not any(isinstance(layer, nn.modules.conv._ConvNd) for layer in model.build(args.dims).modules()):
         raise InputError(f"--sampling positions: {model.NAME} has no convolution; legal: means")
     scoring_options(args)
 

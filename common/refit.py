@@ -4,7 +4,6 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import parallel
 from common.activations import draw_positions, forward_hooks, rows_at, run_order, windows
@@ -57,7 +56,7 @@ def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit | None) 
 
     An InputError if there are fewer than two images.
     """
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:  # then no images are needed, and `split` may be None
         return network.eval()
     if len(split) < 2:

@@ -1,11 +1,11 @@
 """Scores of one layer pair: estimated with progress, resumed where they were killed, written with their reliability."""
 
-import hashlib
 import resource
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import joblib
 import numpy as np
 import torch
 from scipy.stats import spearmanr
@@ -78,7 +78,7 @@ class Estimator:
             return layer_cmi(*inputs, **self.options)
         state_file = self.state_file.with_suffix(f".{name}.state") if name else self.state_file
         work = {k: v for k, v in self.options.items() if k != "n_jobs"}
-        key = _fingerprint(*inputs, work, records.common_hash())
+        key = joblib.hash([*inputs, work, records.common_hash()])
         begun = artifacts.load_state(state_file, "remove it and run the same command again") or {}
         start = (begun["done"], begun["total"].numpy()) if begun.get("key") == key else None
         saved, rows = time.monotonic(), len(inputs[0])
@@ -171,10 +171,3 @@ def load(paths: list[Path], expected: Blocks, remedy: str, checkpoint: dict) -> 
     if scores.shape != expected.weights.shape or not np.isfinite(scores).all():
         raise InputError(f"{paths[0]} does not hold {expected.weights.shape} finite scores; {remedy}")
     return scores, replace(expected, child_groups=child_groups, parent_groups=parent_groups), record
-
-
-def _fingerprint(*parts) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
-    return digest.hexdigest()
