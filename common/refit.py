@@ -65,12 +65,10 @@ def recalibrate_batch_norm(network: nn.Module, split: Split | FileSplit | None) 
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.train()
-    batches = (images for images, _ in split.batches() if len(images) > 1)  # of one, maps of a pixel have no variance
-    for k, images in enumerate(batches, 1):
-        for norm in norms:
-            norm.momentum = 1 / k  # the plain mean over all batches
-        network(images)
+        norm.train().momentum = None  # the plain mean over all batches
+    for images, _ in split.batches():
+        if len(images) > 1:  # of one, maps of a pixel have no variance
+            network(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     network.eval()
