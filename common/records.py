@@ -130,8 +130,7 @@ def code_of(script: Path) -> dict:
 @cache
 def common_hash() -> str:
     """SHA-256 of all code in common/."""
-    files_there = sorted((ROOT / "common").rglob("*.py"))
-    return hashlib.sha256("".join(map(syntax_hash, files_there)).encode()).hexdigest()
+    return hashlib.sha256("".join(map(syntax_hash, sorted((ROOT / "common").rglob("*.py")))).encode()).hexdigest()
 
 
 def syntax_hash(path: Path) -> str:

@@ -49,8 +49,7 @@ def cmi(x, y, z=None, *, estimator: str = "kde", seed: int = 0, **options) -> fl
     if not len(x) == len(y) == len(z):
         raise ValueError(f"x, y and z need the same number of rows, not {len(x)}, {len(y)} and {len(z)}")
     groups = np.zeros(x.shape[1], int), np.repeat([0, 1], [y.shape[1], z.shape[1]])
-    scores = layer_cmi(x, np.hstack([y, z]), *groups, estimator=estimator, seed=seed, **options)
-    return float(scores[0, 0])
+    return float(layer_cmi(x, np.hstack([y, z]), *groups, estimator=estimator, seed=seed, **options)[0, 0])
 
 
 def layer_cmi(

@@ -83,8 +83,7 @@ def residual_scores(layer: Layer, *, n_jobs: int = 1, seed: int = 0) -> np.ndarr
         children = unexplained + left @ regression[own]
         pairs = []
         for j in range(layer.shape[0]):
-            child = children[:, layer.child_groups == j]
-            x, y = _canonical(child, left, fitted)
+            x, y = _canonical(children[:, layer.child_groups == j], left, fitted)
             pairs.append(torch.from_numpy(np.hstack([x[rows], y[given]])))
         nothing = torch.zeros(1, 1, dtype=torch.float64).expand(len(rows), len(rows))
         return _share_separated(nothing, _stack(pairs), len(joint))
