@@ -133,10 +133,10 @@ def collect_activations(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Inputs and outputs of layers in one pass over the split, in evaluation mode, pooled per batch on the device.
 
-    By key the tensors (n, inputs) and (n, outputs), float32 on the CPU. The input is what the layer truly reads, so
-    shortcuts, batch norm, activations and pooling before it are in it; the output is the layer's own, before any
-    activation. At positions, the inputs of a convolution are all (channels x kernel) values that its filters read
-    there, channel by channel.
+    By key the tensors (n, inputs) and (n, outputs), float32 on the CPU, rows in the order of the images. The input is
+    what the layer truly reads, so shortcuts, batch norm, activations and pooling before it are in it; the output is the
+    layer's own, before any activation. At positions, the inputs of a convolution are all (channels x kernel) values
+    that its filters read there, channel by channel.
 
     Parameters
     ----------

@@ -140,6 +140,8 @@ def rank(
     scores : one (H, G) array per layer: conditional mutual information, or for "taylor" `activations.block_taylor`
     seed : of the random ranks
     """
+    if criterion not in CRITERIA:
+        raise InputError(f"`criterion` {criterion} is none of {', '.join(CRITERIA)}")
     if criterion in ("cmi", "taylor"):
         return {key: scores[key] for key in blocks}
     if criterion == "random":
@@ -149,7 +151,7 @@ def rank(
     if criterion == "magnitude":
         return sizes
     roots = {key: np.sqrt(np.maximum(scores[key], 0).astype(np.float64)) for key in blocks}
-    # none of an infinite score is none
+    # no weight has no rank, of an infinite score neither
     return {key: np.multiply(roots[key], size, where=size != 0, out=np.zeros_like(size)) for key, size in sizes.items()}
 
 
