@@ -43,7 +43,7 @@ def kernels(n: int, groups: tuple[int, int]) -> kde._Kernels:
     """Those of a layer of so many images and single units, (parents, children)."""
     parents, children = (np.random.default_rng(0).normal(size=(n, units)) for units in groups)
     layer = Layer(children, parents, np.arange(groups[1]), np.arange(groups[0]))
-    return kde._Kernels(layer, kde.WIDTH, torch.float32, torch.device("cpu"))
+    return kde._Kernels(layer, kde.widths(groups[0]), torch.float32, torch.device("cpu"))
 
 
 def busy(work) -> float:
