@@ -20,11 +20,6 @@ FIRST_IMAGES = 1000  # among which two are looked for: a data set of millions is
 GRADIENT_BATCH, GRADIENT_PIXELS = 100, 2**19  # of images at most; gradients need the maps of all layers at once
 
 
-def pool(features: Tensor) -> Tensor:
-    """One value per channel, in memory of its own: the mean over all axes behind it; (b, c, ...) becomes (b, c)."""
-    return features.flatten(2).mean(2) if features.ndim > 2 else features.clone()
-
-
 def draw_positions(maps: Tensor, count: int, random: torch.Generator) -> tuple:
     """An index of `count` random positions, or all, of every image's map (b, c, ...); of vectors (b, c), of all."""
     if maps.ndim == 2:
@@ -151,7 +146,7 @@ def collect_activations(
 
     def keep(key: str, read: Tensor, returned: Tensor) -> None:
         if positions is None:
-            rows = pool(read), pool(returned)
+            rows = _by_position(read).mean(2), _by_position(returned).mean(2)
         else:
             where = draw_positions(returned, positions, random[key])
             rows = rows_at(windows(layers[key], read), where), rows_at(returned, where)
