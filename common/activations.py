@@ -225,7 +225,7 @@ def block_taylor(network: nn.Module, blocks: dict[str, Blocks], split: Split | F
             for key, gradient in gradients.items():
                 changes = _weight_times_gradient(plain_layer(network, key), read.pop(key), gradient)
                 groups = blocks[key].child_groups, blocks[key].parent_groups
-                children, parents = (F.one_hot(torch.from_numpy(of_units)).to(changes) for of_units in groups)
+                children, parents = (F.one_hot(torch.from_numpy(g), g.max() + 1).to(changes) for g in groups)
                 sums[key] = sums[key] + (children.T @ changes @ parents).double().square().sum(0)
             count += len(outputs[None])
     count = parallel.all_reduce(torch.tensor(count, device=outputs[None].device))
