@@ -128,17 +128,20 @@ def collect_activations(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Inputs and outputs of layers in one pass over the split, in evaluation mode, pooled per batch on the device.
 
-    By key the tensors (n, inputs) and (n, outputs), float32 on the CPU, rows in the order of the images. The input is
-    what the layer truly reads, so shortcuts, batch norm, activations and pooling before it are in it; the output is the
-    layer's own, before any activation. At positions, the inputs of a convolution are all (channels x kernel) values
-    that its filters read there, channel by channel.
-
     Parameters
     ----------
+    network : any module
     keys : names of the layers' weights in the state_dict, such as "fc2.weight"
     split : the images, in the order of the rows returned
     positions : of every image's map at most so many random ones are seen, a row each; None: maps count as their means
     seed : of the positions; a layer's do not depend on the other layers, nor on the batch size
+
+    Returns
+    -------
+    For each key the tensors (n, inputs) and (n, outputs), float32 on the CPU. The input is what the layer truly reads,
+    so shortcuts, batch norm, activations and pooling before it are in it; the output is the layer's own, before any
+    activation. At positions, the inputs of a convolution are all (channels x kernel) values that its filters read
+    there, channel by channel.
     """
     run_order(network, keys, split)
     seen, done, layers = {}, 0, {key: plain_layer(network, key) for key in keys}
@@ -217,6 +220,12 @@ def block_taylor(network: nn.Module, blocks: dict[str, Blocks], split: Split | F
 
     The change is the sum over the block's weights of weight times gradient of the image's cross-entropy: the empirical
     Fisher information of a gate on the block (Theis et al., 2018; Molchanov et al., CVPR 2019, equation 8).
+
+    Parameters
+    ----------
+    network : any module
+    blocks : by key of the state_dict
+    split : the images
     """
     sums, read, count = dict.fromkeys(blocks, 0), {}, 0
     loss = partial(F.cross_entropy, reduction="sum")

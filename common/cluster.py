@@ -28,7 +28,10 @@ MALLOPT = {-1: 2**26, -3: 2**25}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 def connect(address: str) -> Callable[[Callable, Sequence], Iterator]:
     """What does tasks on the workers of a scheduler: `n_jobs` of `layer_cmi`.
 
-    An InputError if dask is not installed, nobody answers, or a worker has other versions or not this code.
+    Raises
+    ------
+    InputError
+        If dask is not installed, nobody answers, or a worker has other versions or not this code.
     """
     try:
         from dask.distributed import Client

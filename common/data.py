@@ -217,9 +217,12 @@ def crop_and_flip(padding: int = 4) -> Augmentation:
 
 
 def shift_and_mirror(images: Tensor, down: Tensor, right: Tensor, mirrored: Tensor, padding: int) -> Tensor:
-    """Crop every image (b, c, h, w) from itself padded with black, and mirror some, left to right.
+    """Crop every image (b, c, h, w) from itself padded with black, and mirror some.
 
-    The crop starts at `down` and `right` (b,), 0 to 2 * `padding`, in the padded image; `mirrored` (b,) is boolean.
+    Parameters
+    ----------
+    down, right : (b,) where the crop starts in the padded image, 0 to 2 * `padding`
+    mirrored : (b,) boolean, which are mirrored left to right
     """
     height, width = images.shape[2:]
     rows, cols = (torch.arange(n, device=images.device) for n in (height, width))
@@ -231,10 +234,16 @@ def shift_and_mirror(images: Tensor, down: Tensor, right: Tensor, mirrored: Tens
 
 
 def sample_per_class(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Indices (count * classes,) of `count` rows of every class that occurs in `labels` (n,), drawn by `seed`.
+    """Indices of `count` rows of every class that occurs in `labels` (n,), drawn by `seed` without replacement.
 
-    Without replacement and in random order, so that any cut of it is a mixed sample; an InputError if a class has
-    fewer rows than asked.
+    Returns
+    -------
+    (count * classes,) int64 tensor in random order, so that any cut of it is a mixed sample.
+
+    Raises
+    ------
+    InputError
+        If a class has fewer rows than asked.
     """
     rng = np.random.default_rng(seed)
     values = labels.cpu().numpy()
@@ -258,8 +267,6 @@ def load(
 ) -> Data:
     """Load a data set and hold `val_size` images of its training set out for validation.
 
-    An InputError if files are missing or damaged, a class is unknown, or too few images of some class are left.
-
     Parameters
     ----------
     name : a key of `DATASETS`
@@ -269,6 +276,11 @@ def load(
     classes : use images of these classes only; labels stay as they are
     workers : processes that read images that do not fit into memory
     skip : leave out image files that cannot be read, and say so, instead of raising
+
+    Raises
+    ------
+    InputError
+        If files are missing or damaged, a class is unknown, or `val_size` leaves too few images of some class.
     """
     source = DATASETS[name](Path(folder).absolute(), name, skip)
     digest = source.fingerprint or _fingerprint(source)

@@ -63,7 +63,9 @@ def shrink(program: ExportedProgram, images: Tensor) -> tuple[ExportedProgram, d
     that read it is the same everywhere: that goes into their biases. (Where a convolution pads with zeros, that is so
     of 0 alone.) A channel of values that are added goes if it goes from all of them. One channel of each layer stays.
 
-    What went: "layers", shapes before and after by name of the weight; "notes", why idle channels stay.
+    Returns
+    -------
+    The network, and "layers": shapes before and after by name of the weight; "notes": why idle channels stay.
     """
     module = program.module(check_guards=False)
     before = {name: list(weight.shape) for name, weight in module.named_parameters() if weight.ndim > 1}

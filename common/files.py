@@ -31,7 +31,13 @@ def display_path(path: Path) -> str:
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Within it no other process writes this file; an InputError if one is at it, or nothing can be written there."""
+    """Within it no other process writes this file.
+
+    Raises
+    ------
+    InputError
+        If another process is at it, or if nothing can be written there.
+    """
     if parallel.rank():
         yield
         return

@@ -164,7 +164,7 @@ def select_blocks(
     balanced: bool = False,
     within: dict[str, Tensor] | None = None,
 ) -> dict[str, np.ndarray]:
-    """By layer a boolean (H, G) array: True for the blocks of highest rank, over all layers, at the asked sparsity.
+    """Keep the blocks of highest rank, over all layers together, at the requested sparsity.
 
     Parameters
     ----------
@@ -173,6 +173,10 @@ def select_blocks(
     like : other ranks, which decide how much of each layer is kept: a control that differs from them within layers only
     balanced : spread what each layer keeps evenly over its child and over its parent groups, see `select_balanced`
     within : the mask of a network that is pruned already: what is gone stays gone, and counts as pruned
+
+    Returns
+    -------
+    One boolean (H, G) array per layer, True where a block is kept.
     """
     sizes, within = [block.cost for block in blocks.values()], within or {}
     ranks = {key: np.asarray(values) for key, values in ranks.items()}
@@ -193,10 +197,6 @@ def select(
 ) -> Arrays:
     """Drop the blocks of lowest score, over all layers together, until the requested share of weights is gone.
 
-    Returned is one boolean (H, G) array per layer, True where a block is kept. The share of the others is at least
-    `sparsity` and exceeds it by less than one block; no layer's exceeds its maximum. An InputError if the maxima do not
-    allow the sparsity, more is gone already, or a score is not a number.
-
     Parameters
     ----------
     scores : one (H, G) array per layer; low scores are pruned first, equal ones in an order that is fixed and arbitrary
@@ -204,6 +204,16 @@ def select(
     sparsity : share of all these weights to prune, in [0, 1]
     max_sparsity : largest share of each layer that may be pruned
     rest : how many weights of each block are not pruned yet, same shapes; default: all
+
+    Returns
+    -------
+    One boolean (H, G) array per layer, True where a block is kept. The share of the others is at least `sparsity` and
+    exceeds it by less than one block; no layer's exceeds its maximum.
+
+    Raises
+    ------
+    InputError
+        If the maxima do not allow the sparsity, more is gone already, or a score is not a number.
     """
     flat = np.concatenate([s.ravel() for s in scores])
     _check(flat, sparsity, *max_sparsity)
@@ -245,8 +255,18 @@ def select_balanced(
     """As `select` for one layer, but the blocks that are kept are spread evenly over child and over parent groups.
 
     Blocks are taken from the highest score down, as long as their child group and their parent group have not had
-    their even part of the blocks; when no more can be taken, both parts grow by one block. `sparsity` is at least what
-    is gone already; it is reached and exceeded by less than one block.
+    their even part of the blocks; when no more can be taken, both parts grow by one block.
+
+    Parameters
+    ----------
+    scores : (H, G)
+    weights : how many weights each block holds, same shape
+    sparsity : share of the layer's weights to prune, in [0, 1], at least what is gone already
+    rest : how many weights of each block are not pruned yet, same shape; default: all
+
+    Returns
+    -------
+    Boolean (H, G), True where a block is kept; the sparsity is reached and exceeded by less than one block.
     """
     _check(scores, sparsity)
     shuffled = np.random.default_rng(0).permutation(scores.size)

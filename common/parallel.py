@@ -165,7 +165,13 @@ def broadcast_buffers(network: nn.Module) -> None:
 
 
 def assert_in_sync(tensors: dict[str, Tensor]) -> None:
-    """A RuntimeError unless the hash of named tensors is the same in all processes."""
+    """Compare a hash of named tensors over all processes.
+
+    Raises
+    ------
+    RuntimeError
+        If they are not the same everywhere.
+    """
     if size() == 1:
         return
     here, everywhere = {name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()}, [None] * size()

@@ -76,7 +76,10 @@ def save(contents: dict[Path, bytes], record: dict) -> None:
 def is_complete(path: Path, record: dict, remedy: str, describe=None) -> bool:
     """Whether the run that writes this file is done already; says so, with what `describe` makes of its record.
 
-    An InputError, with the remedy, if the file or its record is there from another run: it must not be overwritten.
+    Raises
+    ------
+    InputError
+        If the file or its record is there from another run, with the remedy: it must not be overwritten.
     """
     if not record_path(path).is_file():
         if path.exists():

@@ -24,15 +24,20 @@ def refit(network: nn.Module, dense: nn.Module, mask: Mask, split: Split | FileS
     pruned one, which makes up for what other layers lack. n layers in a row are settled after n - 1 sweeps. After each,
     batch norm takes its statistics from the same images. A sweep after which the network's outputs are no nearer to the
     dense ones, on these images, is the last and is undone: layers that do not know of each other's changes can add
-    them up. Reconstruction of a layer's output by least squares after pruning: He, Zhang and Sun, ICCV 2017 (channels);
-    Frantar and Alistarh, NeurIPS 2022.
+    them up.
 
     Parameters
     ----------
     network : the dense one with the mask applied; changed in place
     dense : the network before pruning
     mask : of the layers to refit, in any order
+    split : the images
     sweeps : passes of the pruned network
+
+    Notes
+    -----
+    Reconstruction of a layer's output by least squares after pruning: He, Zhang and Sun, ICCV 2017 (channels); Frantar
+    and Alistarh, NeurIPS 2022.
     """
     keys = run_order(dense, list(mask), split)
     found = []  # squared error of the outputs and state after every sweep

@@ -36,7 +36,10 @@ def start(best: Path, record: dict, data: Data, **options) -> Iterator["Run"]:
 class Run:
     """A training run: `epochs` to loop over, `log` what came out, `finish`; `finished` if that is done already.
 
-    An InputError if files of another run are there.
+    Raises
+    ------
+    InputError
+        If files of another run are there.
     """
 
     best: Path  # where the checkpoint of the epoch that is kept goes; record and state lie beside it

@@ -97,10 +97,16 @@ class Estimator:
 def uncertainty(
     estimate: Estimator, children, parents, scores, split_half: bool, bootstrap: int | None, null: int | None
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """How far scores (H, G) can be trusted that `estimate` made of (n, c) and (n, p) activations.
+    """How far scores can be trusted.
 
-    `split_half`, `bootstrap` and `null` say whether and how often to do what the functions below do. Returned are
-    figures by name, and arrays by kind of file: "SE" (H, G), "Null" (H, 3).
+    Parameters
+    ----------
+    estimate : what made the scores, from (n, c) and (n, p) activations
+    split_half, bootstrap, null : whether and how often to do what the functions below do
+
+    Returns
+    -------
+    Figures by name, and arrays by kind of file: "SE" (H, G), "Null" (H, 3).
     """
     children, parents = np.asarray(children), np.asarray(parents)
     figures, arrays = {"samples": len(parents)}, {}
@@ -148,7 +154,7 @@ def permutation_null(estimate: Estimator, children: np.ndarray, parents: np.ndar
 
 
 def load(paths: list[Path], expected: Blocks, remedy: str, checkpoint: dict) -> tuple[np.ndarray, Blocks, dict]:
-    """Scores (H, G), blocks and record ({} of files from elsewhere) of one layer pair, checked.
+    """Read scores (H, G) and groups of one layer pair and check them against what was asked for.
 
     Parameters
     ----------
@@ -156,6 +162,10 @@ def load(paths: list[Path], expected: Blocks, remedy: str, checkpoint: dict) -> 
     expected : a layer's blocks with the numbers of units and groups that the files must have
     remedy : what to run to make the files, for error messages
     checkpoint : what the scores must have been made of: its checksum by path
+
+    Returns
+    -------
+    Scores, blocks and the record of the scores ({} of files from elsewhere).
     """
     known = records.record_path(paths[0])
     scores, parent_groups, child_groups = (artifacts.load_array(path, known, remedy) for path in paths)

@@ -62,7 +62,7 @@ def train_epoch(
     *,
     amp: bool = False,
 ) -> Metrics:
-    """One pass over the batches; the schedule moves after every one. Metrics are of images when they are trained on.
+    """One pass over the batches; the schedule moves after every one.
 
     Parameters
     ----------
@@ -70,6 +70,10 @@ def train_epoch(
     batches : of images, labels and the number of images over all processes, see `Split.shuffled`
     loss : of (logits, labels), summed over the images
     amp : forward and backward passes in bfloat16 where that is safe (torch.autocast)
+
+    Returns
+    -------
+    Metrics of every image as it was when it was trained on.
     """
     network.train()
     device = next(network.parameters()).device

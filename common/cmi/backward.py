@@ -26,8 +26,12 @@ ORDER = 1e-12  # relative difference by which equal scores keep their order
 def scores(layer: Layer, covariance: np.ndarray, snr: np.ndarray | None = None, n_jobs: int = 1) -> np.ndarray:
     """Scores (H, G) in nats, for each child group ascending in the order of removal.
 
-    `covariance` (p + c, p + c) is of parents and children and positive definite; `snr` (c,) is the signal-to-noise
-    ratio (of variances) at which each child unit is seen, none: without noise.
+    Parameters
+    ----------
+    layer : the samples and groups
+    covariance : (p + c, p + c) of parents and children, positive definite
+    snr : (c,) signal-to-noise ratio (of variances) at which each child unit is seen; none: without noise
+    n_jobs : parallel workers
     """
     p, live = len(layer.parent_groups), np.flatnonzero(layer.parent_units)
     signal, noise = (np.ones(len(layer.child_groups)), 0.0) if snr is None else (np.asarray(snr, float), 1.0)
@@ -58,7 +62,7 @@ def _block(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, filling) -
 
 
 def _eliminate(precision: np.ndarray, regression: np.ndarray, residual: np.ndarray, size: int) -> tuple:
-    """Remove all parent groups from several child groups: their order, and the losses in nats, both (b, p / size).
+    """Remove all parent groups from several child groups, side by side.
 
     What removals do to the precision matrix is put off: until it is worth one matrix product, only the rows of the
     groups that go and the diagonal blocks are brought up to date.
@@ -68,6 +72,10 @@ def _eliminate(precision: np.ndarray, regression: np.ndarray, residual: np.ndarr
     precision : (p, p) of the parents, `size` of them a group
     regression : (b, p, d) of each child group on the parents
     residual : (b, d, d) covariance of what the parents leave of it
+
+    Returns
+    -------
+    The groups in the order of removal, and the losses in nats, both (b, p / size).
     """
     each, order, losses = np.arange(len(residual))[:, None], [], []
     left, precision = np.tile(np.arange(len(precision) // size), (len(residual), 1)), [precision] * len(residual)

@@ -74,8 +74,11 @@ def check_groups(labels, samples: np.ndarray, name: str) -> np.ndarray:
 def standardise(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scale every unit to mean 0 and variance 1; constant units become 0.
 
-    Differences of values that lie close together are exact: the mean may be any number of times the spread. Returned
-    are the (n, d) scaled samples and a (d,) boolean array that is False for constant units.
+    Differences of values that lie close together are exact: the mean may be any number of times the spread.
+
+    Returns
+    -------
+    The (n, d) scaled samples and a (d,) boolean array that is False for constant units.
     """
     low, magnitude = samples.min(axis=0), np.abs(samples).max(axis=0)
     with np.errstate(over="ignore"):

@@ -37,7 +37,7 @@ PRECISIONS = {"single": torch.float32, "double": torch.float64}
 
 
 def widths(n_units: int, factor: float = WIDTH) -> tuple[float, float]:
-    """Standard deviations of the kernels of each parent unit and of a child group.
+    """Standard deviations of the kernels of the parents and of a child group.
 
     A parent unit of variance 1 is given the width factor * sqrt(n_units): the mean exponent between two rows is then
     1 / factor^2 whatever the number of units, so that the number of effective neighbours does not collapse as a layer
@@ -48,6 +48,10 @@ def widths(n_units: int, factor: float = WIDTH) -> tuple[float, float]:
     ----------
     n_units : number of parent units that are not constant
     factor : larger is smoother and more reliable, smaller conditions more sharply
+
+    Returns
+    -------
+    (parent width per unit, child width per group)
     """
     width = factor * np.sqrt(max(n_units, 1))
     return width, min(width, 1.0)
@@ -58,8 +62,11 @@ def auto_widths(layer: Layer) -> tuple[np.ndarray | float, float]:
 
     The likelihood is that of child groups given all parents, each row by the others (Hall, Racine and Li, 2004). Where
     nothing depends on a unit its likeliest width is infinite: all are at most twice those of `widths`. A row's copies
-    in the child are left out with it: for tied values the narrowest kernel would be the likeliest. Where parent units
-    are few, each has a width (p,) of its own.
+    in the child are left out with it: for tied values the narrowest kernel would be the likeliest.
+
+    Returns
+    -------
+    As `widths`, but with a width (p,) of each parent unit where they are few.
     """
     n_units = layer.parent_units.sum()
     parent_width, child_width = widths(n_units)
