@@ -157,6 +157,15 @@ def test_auto_width_of_ties_and_constants(rng):
     assert (layer_cmi(0 * bits, parents, np.arange(2), np.arange(4), width="auto") == 0).all()
 
 
+def test_auto_width_of_values_that_are_tied_but_for_rounding(rng):
+    """Independent rectified values, with the noise of single precision: as without it, and near the truth, 0."""
+    x, y, z = np.maximum(rng.normal(size=(3, 600, 1)), 0)
+    exact = cmi(x, y, z, width="auto")
+    noisy = (values + 1e-7 * rng.normal(size=values.shape) for values in (x, y, z))
+    assert cmi(*noisy, width="auto") == pytest.approx(exact, abs=1e-3)
+    assert abs(exact) < 0.02
+
+
 def test_conditioning_on_the_common_cause_removes_dependence(rng):
     """X <- Z -> Y has I(X; Y) > 0 and I(X; Y | Z) = 0."""
     z = rng.normal(size=(2000, 1))

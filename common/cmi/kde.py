@@ -27,6 +27,7 @@ WIDTH = 0.25  # kernel width per square root of the number of parent units; see 
 FEW, MANY = 2, 10  # parent units up to which "auto" takes the likeliest widths, and from which those of `widths`
 CHILDREN, ROWS = 8, 32  # child groups that widths are the likeliest for, at most, and rows of each, at least
 KERNELS = 2**20  # values of their kernels
+TIED = 1e-6  # standard deviations apart at most: equal but for single precision
 SEARCH = {"ftol": 1e-5, "maxiter": 50}  # for the likeliest widths
 TASK_ROWS = 64  # rows of one task, at most: the unit of parallel work, of progress and of resuming
 TASK_OPERATIONS = 4 * 10**11  # of one task, unless it is one row: ten seconds of a core
@@ -62,7 +63,7 @@ def auto_widths(layer: Layer) -> tuple[np.ndarray | float, float]:
 
     The likelihood is that of child groups given all parents, each row by the others (Hall, Racine and Li, 2004). Where
     nothing depends on a unit its likeliest width is infinite: all are at most twice those of `widths`. A row's copies
-    in the child are left out with it: for tied values the narrowest kernel would be the likeliest.
+    in the child, but for rounding, are left out with it: for tied values the narrowest kernel would be the likeliest.
 
     Returns
     -------
@@ -90,7 +91,7 @@ def _surprise(layer: Layer) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
     own = [children[:, layer.child_groups == j] for j in groups]
     squares = [torch.cdist(c[rows], c, compute_mode="donot_use_mm_for_euclid_dist").square() for c in own]
     squares = torch.stack(squares) / units[:, None, None]
-    copies = torch.where(squares > 0, 0.0, -torch.inf)
+    copies = torch.where(squares > TIED**2, 0.0, -torch.inf)
     itself = torch.zeros(len(rows), layer.n, dtype=torch.float64)
     itself[np.arange(len(rows)), rows] = -torch.inf
 
