@@ -54,7 +54,7 @@ def main() -> None:
     test = load("MNIST", args.Data_dir, val_size=0, device=torch.device("cpu")).test
     found = defaultdict(list)
     for path in sorted(p for folder in args.folders for p in files.under_results(folder).rglob("*.pkl")):
-        record = records.read(records.record_path(path))
+        record = records.read(records.found(path))
         if record.get("status") == "complete" and "best" in record:
             network = MLP()
             artifacts.load_weights(network, path)

@@ -14,7 +14,6 @@ import torch
 
 from common import files, records
 from common.errors import InputError, reason
-from common.records import record_path
 
 WRAPPERS = ("state_dict", "model", "net", "model_state_dict")  # under which others keep weights
 UNFINISHED = {"running": "is not finished", "diverged": "diverged"}
@@ -59,7 +58,8 @@ def read_checked(path: Path, record: Path, remedy: str) -> bytes:
         raise InputError(f"{path} {'is no file' if path.exists() else 'does not exist'}; {remedy}")
     content = path.read_bytes()
     if record.is_file():
-        expected = records.read(record).get("files", {}).get(path.name)
+        written = records.read(record).get("files", {})
+        expected = written.get(path.name, written.get(files.real(path).name))
         if expected is not None and hashlib.sha256(content).hexdigest() != expected:
             raise InputError(f"{path} is damaged: its checksum is not that of {record.name}; {remedy}")
     return content
@@ -71,7 +71,7 @@ def load_checkpoint(path: Path, *, foreign: bool = False) -> dict:
     `foreign` also takes what other programs write: weights alone, or under another name.
     """
     remedy = "run train_stage1.py first, or name another file"
-    content = read_checked(path, record_path(path), remedy)
+    content = read_checked(path, records.found(path), remedy)
     checkpoint = _load(content, path, "a checkpoint of tensors and plain values", remedy)
     checkpoint = {"state_dict": _unwrapped(checkpoint)} if foreign else checkpoint
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
@@ -131,7 +131,8 @@ def load_weights(network: torch.nn.Module, path: Path, *, foreign: bool = False)
 
     `foreign`: also another program's, whose names may all have a prefix.
     """
-    status = records.read(record_path(path)).get("status") if record_path(path).is_file() else "complete"
+    known = records.found(path)
+    status = records.read(known).get("status") if known.is_file() else "complete"
     if status in UNFINISHED:
         raise InputError(f"{path} is of a run that {UNFINISHED[status]}; run the command that makes it again")
     checkpoint = load_checkpoint(path, foreign=foreign)

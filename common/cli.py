@@ -32,7 +32,7 @@ from common.cmi.inputs import out_of_memory
 from common.data import Data, FileSplit, Split, load, sample_per_class
 from common.datasets import DATASETS, torchvision
 from common.errors import Diverged, InputError, reason
-from common.files import ROOT, display_path, file_lock, under_results
+from common.files import ROOT, display_path, file_lock, real, under_results
 from common.masks import CRITERIA, Blocks, Mask, contiguous_blocks, weight_count
 from common.runs import Run, trained_on
 from common.scoring import LayerPair
@@ -147,7 +147,7 @@ PRUNING = {
     "grouping": _flag("2", ("index", "correlation"), "units of a group: neighbours (default), or those that correlate"),
     "lower_prune_per": _flag("3", SHARE, "start of the grid of pruned shares"),
     "upper_prune_per": _flag("3", SHARE, "end of the grid of pruned shares"),
-    "prune_per_step": _flag("3", number(float, 0, 1, above=True), "step of the grid of pruned shares"),
+    "prune_per_step": _flag("3", number(float, 1e-4, 1), "step of the grid of pruned shares"),
     "upper_prune_limit": _flag("3", SHARE, f"largest pruned share of a layer: {BY_LAYER}", **MANY),
     "Even": _flag("3", None, "spread the kept blocks evenly over child and parent groups", False, **SWITCH),
     "Refit": _flag("3", None, "refit the kept weights by least squares before retraining", False, **SWITCH),
@@ -378,7 +378,7 @@ def _check_pruning(args: Namespace, model: ModuleType) -> None:
     _check_training(args, model)
     pruned_share(args)
     resolve_pairs(args, model)
-    if args.Save_dir in args.Retrain.parents[:2]:
+    if real(args.Save_dir) in real(args.Retrain).parents[:2]:
         where = display_path(args.Save_dir)
         raise InputError(f"--Save_dir {where} holds the checkpoint that is pruned; name another directory")
     if not (args.Refit or args.Criterion == "taylor" or _has_batch_norm(args, model)):
@@ -389,7 +389,7 @@ def _check_exporting(args: Namespace, _model: ModuleType) -> None:
     if absent := [name for name in export.PACKAGES if importlib.util.find_spec(name) is None]:
         raise InputError(f"stage 4 needs {', '.join(absent)}: pip install -r requirements-export.txt")
     args.Save_dir = args.Save_dir or args.Checkpoint.parent / "export"
-    if args.Save_dir == args.Checkpoint.parent:
+    if real(args.Save_dir) == real(args.Checkpoint).parent:
         raise InputError(f"--Save_dir {display_path(args.Save_dir)} holds the checkpoint; name another directory")
 
 
@@ -416,7 +416,7 @@ def load_data(args: Namespace, checkpoint: dict | None = None) -> Data:
     else:
         val_size = args.Val_size if args.Select == "val" else 0
         args.Amp = on.type == "cuda" and torch.cuda.is_bf16_supported() if args.Amp is None else args.Amp
-    reading = {"workers": args.cores if args.stage == 2 else args.Workers, "skip": given["skip_unreadable"]}
+    reading = {"workers": min(args.cores, CORES) if args.stage == 2 else args.Workers, "skip": given["skip_unreadable"]}
     options = {"val_size": val_size, "device": on, "classes": given["classes"]}
     data = load(given["dataset"], given["data_dir"], **options, **reading)
     if args.stage != 2 and isinstance(data.train, FileSplit):  # threads that pin memory spoil the capture of a graph
@@ -426,7 +426,8 @@ def load_data(args: Namespace, checkpoint: dict | None = None) -> Data:
     for name, now in trained_on(data).items():
         before = (checkpoint or {}).get(name, now)
         if before != now:
-            raise InputError(f"`{name}` {_shown(now)}: the checkpoint was trained with {_shown(before)}; use the same")
+            use = "the same" if name != "val_size" else f"the same, with `select` {'val' if before else 'last'}"
+            raise InputError(f"`{name}` {_shown(now)}: the checkpoint was trained with {_shown(before)}; use {use}")
     chooses = {"val": data.val, "last": None, "test": data.test}
     return replace(data, selection=chooses[args.Select]) if args.stage != 2 else data
 
@@ -493,14 +494,14 @@ def start_export(args: Namespace) -> Iterator[Callable[[dict[str, bytes], dict],
 
 def about(args: Namespace) -> dict[str, str]:
     """What exported weights say of themselves: the architecture and the record of the run that made them."""
-    known = records.record_path(args.Checkpoint)
+    known = records.found(args.Checkpoint)
     record = {k: v for k, v in (records.read(known) if known.is_file() else {}).items() if k != "epochs"}
     return {"format": "pt", "architecture": args.Model, "record": json.dumps(record)}
 
 
 def _note_other_code(args: Namespace, checkpoint: Path) -> None:
     """Say if model.py is not what it was when the checkpoint was made."""
-    known = records.record_path(checkpoint)
+    known = records.found(checkpoint)
     made = records.read(known).get("code", {}).get("model.py") if known.is_file() else None
     if made and made != args.code["code"].get("model.py") and parallel.rank() == 0:
         print(f"{checkpoint} was made with other code in model.py; its weights are taken as they are")

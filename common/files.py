@@ -24,6 +24,11 @@ def under_results(path: str | Path) -> Path:
     return Path(os.path.normpath(RESULTS / path))
 
 
+def real(path: Path) -> Path:
+    """Where a path leads through links; unlike `Path.resolve` also of a link to itself."""
+    return Path(os.path.realpath(path))
+
+
 def display_path(path: Path) -> str:
     """The path as records show it: relative to the repository, or only its name where it lies elsewhere."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name

@@ -32,6 +32,12 @@ def record_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
+def found(path: Path) -> Path:
+    """The record of a file that is read: beside it, or beside what a link leads to."""
+    beside = record_path(path)
+    return beside if beside.is_file() else record_path(files.real(path))
+
+
 def write(path: Path, content: dict) -> None:
     """Write a record; its last entry is the SHA-256 of the rest."""
     files.write_bytes(path, sealed(content))

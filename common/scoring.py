@@ -167,7 +167,7 @@ def load(paths: list[Path], expected: Blocks, remedy: str, checkpoint: dict) -> 
     -------
     Scores, blocks and the record of the scores ({} of files from elsewhere).
     """
-    known = records.record_path(paths[0])
+    known = records.found(paths[0])
     scores, parent_groups, child_groups = (artifacts.load_array(path, known, remedy) for path in paths)
     record = records.read(known) if known.is_file() else {}
     made_of = record.get("inputs", {})

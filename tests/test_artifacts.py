@@ -142,6 +142,25 @@ def test_a_checkpoint_of_an_unfinished_run_is_refused_where_a_finished_one_is_me
         artifacts.load_weights(nn.Linear(3, 2), checkpoint)
 
 
+def test_what_a_link_leads_to_is_checked(checkpoint, tmp_path):
+    """The record lies beside the file, which has another name than the link; a link to itself is no file."""
+    link, known = tmp_path / "mine" / "dense.pkl", records.read(records.record_path(checkpoint))
+    link.parent.mkdir()
+    link.symlink_to(checkpoint)
+    network = nn.Linear(3, 2)
+    assert artifacts.load_weights(network, link).keys() == artifacts.load_checkpoint(checkpoint).keys()
+    records.write(records.record_path(checkpoint), {**known, "status": "running"})
+    with pytest.raises(InputError, match=r"dense.pkl is of a run that is not finished"):
+        artifacts.load_weights(network, link)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1] + b"x")
+    with pytest.raises(InputError, match=r"dense.pkl is damaged: its checksum is not that of logits_best.json"):
+        artifacts.load_checkpoint(link)
+    link.unlink()
+    link.symlink_to(link)
+    with pytest.raises(InputError, match=r"dense.pkl does not exist"):
+        artifacts.load_weights(network, link)
+
+
 def test_weights_of_another_network_name_the_layer(checkpoint):
     with pytest.raises(InputError, match=r"weight is \(2, 3\), here \(2, 4\)"):
         artifacts.load_weights(nn.Linear(4, 2), checkpoint)

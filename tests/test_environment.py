@@ -13,7 +13,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT, record
 
 from campaigns import GROUPS, TRAIN
-from common import files, parallel
+from common import cli, files, parallel
 from common.cmi.inputs import out_of_memory
 from common.errors import InputError
 
@@ -205,6 +205,17 @@ def test_more_bad_input_is_one_line(tmp_path, call, flags, message):
     lines = call(*ONE_EPOCH, "--Save_dir", tmp_path / "out", *flags.split(), code=2).splitlines()
     assert message in lines[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_no_more_processes_read_images_than_there_are_processors(base, call, monkeypatch):
+    """`--cores` is what stage 2 reads image files with, too."""
+
+    def refuse(*_, workers, **__):
+        raise InputError(f"{workers} processes")
+
+    monkeypatch.setattr(cli, "load", refuse)
+    said = call("pruning_1b.py", *SCORE, "--weights_dir", base, "--cores", 2**31 - 1, code=2)
+    assert f"error: {cli.CORES} processes" in said
 
 
 def test_a_class_that_is_named_twice_counts_once(tmp_path, call):

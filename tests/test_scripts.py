@@ -320,6 +320,7 @@ BAD = [
     (STAGE3, "{legal} --key_id 1", "give either --key_id.*or --Prune_per"),
     (STAGE3, "--Retrain {base}/0/logits_best.pkl --key_id 9", "--key_id 9 is out of range; legal: 0: 0.902"),
     (STAGE3, "--key_id 0 --lower_prune_per 0.9 --upper_prune_per 0.1", "--lower_prune_per 0.9 is above"),
+    (STAGE3, "--key_id 0 --prune_per_step 1e-9", "argument --prune_per_step: 1e-9 is not a number at least 0.0001 and"),
     (STAGE3, "{legal} --upper_prune_limit 1.5", "argument --upper_prune_limit: 1.5 is not a number at least 0 and"),
     (STAGE3, "{legal} --upper_prune_limit 0.5", "90 % cannot be pruned: --upper_prune_limit allows at most 50.00 %"),
     (STAGE3, "{legal} --Prune_of_network", "90 % of the network: the masked layers hold 27.52 %"),
@@ -332,7 +333,8 @@ BAD = [
     (STAGE3, "{legal} --parent_clusters 40", "does not put 500 units into 40 groups; run pruning_1b.py"),
     (STAGE3, "{legal} --Refit --Samples_per_class 200", "--Samples_per_class 200: class . of the training split"),
     (STAGE3, "{legal} --Save_dir {base}", "--Save_dir base holds the checkpoint that is pruned"),
-    (STAGE3, "{legal} --Val_size 100", "--Val_size 100: the checkpoint was trained with 200"),
+    (STAGE3, "{legal} --Val_size 100", "--Val_size 100: the checkpoint was trained with 200; use the same"),
+    (STAGE3, "{legal} --Select last", "--Val_size 0: .* trained with 200; use the same, with --Select val"),
     (STAGE3, "{legal} --Retrain {base}/no.pkl", "no.pkl does not exist"),
 ]  # fmt: skip
 
