@@ -1,11 +1,11 @@
 # Each target makes its own environment in .venv first, once: `make demo` or `make test` may be the first thing typed.
 PYTHON ?= python3
-BIN := $(CURDIR)/.venv/bin
+BIN := .venv/bin
 
 .PHONY: demo test test-all soak audit lint bench experiments collect tables claims
 
 demo: .venv/ready
-	PYTHON=$(BIN)/python mlp/demo.sh
+	PYTHON=../$(BIN)/python mlp/demo.sh
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
@@ -31,7 +31,7 @@ bench: .venv/ready
 	for name in training speed accuracy ranking real_layer; do $(BIN)/python benchmarks/$$name.py || exit; done
 
 experiments: .venv/ready
-	PYTHON=$(BIN)/python JOBS=$(shell nproc) experiments/mnist.sh
+	PYTHON=../$(BIN)/python JOBS=$(shell nproc) experiments/mnist.sh
 
 collect: .venv/ready
 	$(BIN)/python experiments/collect.py

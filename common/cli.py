@@ -190,7 +190,7 @@ MACHINE = {
     **_everywhere("Device_ids", INDEX, GPU, [0], stages="13", **MANY),
     "device": _flag("2", ("cpu", "cuda"), "kde: where the scores are computed (default: cpu)"),
     "scheduler": _flag("2", address, "compute the scores on the workers of this Dask scheduler, tcp://HOST:PORT"),
-    "Threads": _flag("4", COUNT, "CPU threads that latency is measured with, one number after the other", [1], **MANY),
+    "Threads": _flag("4", number(int, 1, 1024), "CPU threads of the latency, one number after the other", [1], **MANY),
     "Seconds": _flag("4", number(float, 0), "of measuring per batch size and number of threads; 0: none", 10.0),
     "Workers": _flag("134", number(int, 0, 1024), "processes that read images that are not in memory", min(8, CORES)),
     "Amp": _flag("13", None, "train in bfloat16 where safe (default: on GPUs that have it)", **SWITCH),

@@ -8,7 +8,8 @@
 # Finished stages are skipped and killed ones go on. DENSE: a folder below results/ with a dense network, none to train
 # one; SHARE: what is pruned; RETRAIN_EPOCHS; TRAIN_FLAGS, SCORE_FLAGS, PRUNE_FLAGS: further flags of the stages.
 set -eu
-network=$1
+network=${1:-} legal="mlp resnet56 vgg16 resnet50"
+case " $legal " in *" $network "*) ;; *) echo "best.sh: '$network': legal: $legal" >&2 && exit 2 ;; esac
 cd "$(dirname "$0")/../$network"
 python=${PYTHON:-python}
 data=${DATA_DIR:-$PWD/../data}

@@ -3,7 +3,8 @@
 # layers' multiply-adds pruned, batch norm recalibrated, refitted, then retrained for EPOCHS (0: not at all). Dense
 # networks: results/README.md. Finished runs are skipped and killed ones go on.
 set -eu
-network=$1
+network=${1:-} legal="vgg16 resnet56"
+case " $legal " in *" $network "*) ;; *) echo "channels.sh: '$network': legal: $legal" >&2 && exit 2 ;; esac
 cd "$(dirname "$0")/../$network"
 python=${PYTHON:-python}
 data=${DATA_DIR:-$PWD/../data}

@@ -4,7 +4,8 @@
 # set is read at the end. Finished runs are skipped and killed ones go on, so the script can be stopped and started again.
 # The paper's 300 epochs want a GPU: with EPOCHS fewer, learning rates fall in proportion earlier.
 set -eu
-network=$1
+network=${1:-} legal="vgg16 resnet56"
+case " $legal " in *" $network "*) ;; *) echo "cifar10.sh: '$network': legal: $legal" >&2 && exit 2 ;; esac
 cd "$(dirname "$0")/../$network"
 python=${PYTHON:-python}
 epochs=${EPOCHS:-300}
@@ -25,9 +26,9 @@ scaled() { # EPOCHS MILESTONES...: as early in so many epochs as the milestones 
     for milestone; do echo $((milestone * of >= 300 ? milestone * of / 300 : 1)); done | uniq | tr '\n' ' '
 }
 
-common="--Select last --Data_dir $data $flags"
+common="--Select last $flags"
 for seed in $seeds; do
-    $python train_stage1.py $common --Epoch "$epochs" --Milestones $(scaled "$epochs" $milestones) \
+    $python train_stage1.py --Data_dir "$data" $common --Epoch "$epochs" --Milestones $(scaled "$epochs" $milestones) \
         --Seed "$seed" --Save_dir "$folder/baseline/$seed"
     $python pruning_1b.py --data_dir "$data" --weights_dir "$folder/baseline/$seed/0" --key_id all $score
 done
@@ -36,10 +37,10 @@ for share in $shares; do
     limit=$(awk "BEGIN {print (1 + $share / $masked) / 2}")
     for seed in $seeds; do
         for criterion in cmi random magnitude; do
-            echo "$python retrain_stage3.py $common --Epoch $retrain_epochs" \
+            echo "$python retrain_stage3.py --Data_dir \"$data\" $common --Epoch $retrain_epochs" \
                 "--Milestones $(scaled "$retrain_epochs" $retraining) --Prune_per $share --Prune_of_network --upper_prune_limit $limit --Criterion $criterion" \
                 "--Seed $seed --Retrain $folder/baseline/$seed/0/logits_best.pkl" \
                 "--Retrain_mask $folder/baseline/$seed/0/I_parent_cmi.npy --Save_dir $folder/$criterion/$seed"
         done
     done
-done | xargs -P "$jobs" -I {} sh -c '{} || { echo "FAILED: {}"; exit 1; }'
+done | tr '\n' '\0' | xargs -0 -P "$jobs" -I {} sh -c '{} || { echo "FAILED: {}"; exit 1; }'

@@ -27,7 +27,7 @@ note() { # NAME: what has just failed, unless for want of time
 $1, exit code $code: $(tail -n 1 "$logs/$1.log")"
 }
 at_once() { # runs its input's lines, JOBS at a time
-    limited xargs -P "${JOBS:-4}" -I {} sh -c '{} || { echo "FAILED: {}"; exit 1; }'
+    tr '\n' '\0' | limited xargs -0 -P "${JOBS:-4}" -I {} sh -c '{} || { echo "FAILED: {}"; exit 1; }'
 }
 runs() { # NETWORK EPOCHS RULES: lines for `at_once`
     for rule in $3; do
@@ -39,7 +39,7 @@ runs() { # NETWORK EPOCHS RULES: lines for `at_once`
 }
 lane() { # NETWORK: its dense networks, then their scores, then all runs
     [ "$1" = resnet56 ] || for number in ${NETWORKS:-0 1 2}; do
-        echo "cd $1 && $PYTHON train_stage1.py --Data_dir $DATA_DIR --Epoch ${DENSE_EPOCHS:-40} --Schedule one-cycle --Lr 0.1" \
+        echo "cd $1 && $PYTHON train_stage1.py --Data_dir \"$DATA_DIR\" --Epoch ${DENSE_EPOCHS:-40} --Schedule one-cycle --Lr 0.1" \
             "--Label_smoothing 0.1 --Select last $TRAIN_FLAGS --Seed $number --Save_dir cifar10_jpeg/$1/baseline/$number"
     done | (at_once) || return
     for rule in positions means paper; do

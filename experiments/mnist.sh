@@ -34,13 +34,13 @@ prune() { # NAME FLAGS: one line per network; in the flags, @FAMILY names its sc
     for seed in $seeds; do
         network=$base/$seed$inner
         flags=$(echo "$*" | sed "s|@\([^ ]*\)|--Retrain_mask $network/I_parent_\1.npy|")
-        echo "$python retrain_stage3.py --Data_dir $data --Select $select --Seed $seed --Retrain $network/$checkpoint" \
+        echo "$python retrain_stage3.py --Data_dir \"$data\" --Select $select --Seed $seed --Retrain $network/$checkpoint" \
             "--upper_prune_limit 1 --Save_dir $name/$seed $flags"
     done
 }
 
 run() { # the lines of standard input
-    xargs -P "$jobs" -I {} sh -c '{}'
+    tr '\n' '\0' | xargs -0 -P "$jobs" -I {} sh -c '{}'
 }
 
 # Experiment 1: fc2 pruned in 250 x 100 groups.

@@ -12,10 +12,10 @@ rules=${RULES:-positions magnitude}
 NETWORKS=$networks SHARES=0.962 ./mnist.sh robustness
 NETWORKS="$(seq -s ' ' 0 $((networks - 1)))" SAMPLINGS=0 SHARES=0.7 RULES=$rules ./rules.sh resnet56
 for number in $(seq 0 $((networks - 1))); do
-    attack="$python robustness.py --Data_dir $DATA_DIR"
-    $attack mlp --eps 0.001 0.003 0.005 0.007 0.009 -- "robustness/baseline/$number/logits_best.pkl" \
+    $python robustness.py mlp --Data_dir "$DATA_DIR" --eps 0.001 0.003 0.005 0.007 0.009 -- \
+        "robustness/baseline/$number/logits_best.pkl" \
         $(for rule in correlated magnitude random; do echo "robustness/${rule}_even/$number/0/logits_96.20.pkl"; done)
-    $attack resnet56 --images "${IMAGES:-100}" --eps 0.001 0.003 0.005 -- \
+    $python robustness.py resnet56 --Data_dir "$DATA_DIR" --images "${IMAGES:-100}" --eps 0.001 0.003 0.005 -- \
         "cifar10_jpeg/resnet56/baseline/$number/0/logits_best.pkl" \
         $(for rule in $rules; do echo "cifar10_before/$rule/${number}_0/0/logits_70.00.pkl"; done)
 done

@@ -3,7 +3,7 @@
 # the share before, refitted and scored anew, with no training between; beside magnitude in the same rounds. What is
 # pruned at once is in `experiments/rules.sh`, and so are the variables. Finished rounds are skipped.
 set -eu
-[ "$1" = resnet56 ] || { echo "rounds.sh: $1: legal: resnet56" >&2 && exit 2; }
+[ "${1:-}" = resnet56 ] || { echo "rounds.sh: '${1:-}': legal: resnet56" >&2 && exit 2; }
 cd "$(dirname "$0")/../resnet56"
 python=${PYTHON:-python}
 data=${DATA_DIR:-$PWD/../data}

@@ -5,7 +5,8 @@
 # killed ones go on, so the script can be stopped and started again; `make collect tables` fills the tables. SHARES=none:
 # scores only.
 set -eu
-network=$1
+network=${1:-} legal="resnet56 vgg16 resnet50"
+case " $legal " in *" $network "*) ;; *) echo "rules.sh: '$network': legal: $legal" >&2 && exit 2 ;; esac
 cd "$(dirname "$0")/../$network"
 python=${PYTHON:-python}
 data=${DATA_DIR:-$PWD/../data}

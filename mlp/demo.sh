@@ -15,4 +15,4 @@ for key_id in 0 1 2; do
             --lower_prune_per 0.90 --upper_prune_per 0.98 --prune_per_step 0.04 --key_id $key_id
     done
 done
-cd .. && $python experiments/report.py results/demo && $python experiments/figures.py results/demo
+$python ../experiments/report.py ../results/demo && $python ../experiments/figures.py ../results/demo

@@ -604,6 +604,40 @@ def best(network, tmp_path, **settings):
     return conftest.record(path)
 
 
+NETWORKS = {"best": "mlp", "channels": "vgg16", "cifar10": "vgg16", "rules": "vgg16", "rounds": "resnet56"}
+
+
+def experiment(repository, name, *words, code=0):
+    """What a script of experiments/, copied to a folder, tells a Python that does nothing but write down its words."""
+    python = repository.parent / "python"
+    python.write_text("#!/bin/sh\nprintf '[%s]' \"$@\" && echo\n")
+    python.chmod(0o755)
+    for folder in ("experiments", "mlp", "vgg16", "resnet56", "resnet50", "results"):
+        (repository / folder).mkdir(parents=True, exist_ok=True)
+    for script in (ROOT / "experiments").glob("*.sh"):
+        shutil.copy(script, repository / "experiments")
+    environment = {**ENVIRONMENT, "PYTHON": str(python), "NETWORKS": "1"}
+    command = [repository / "experiments" / f"{name}.sh", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("name", "network"), [*NETWORKS.items(), ("mnist", "fc2"), ("robustness", None)])
+def test_experiments_in_a_folder_with_a_space(tmp_path, name, network):
+    said = experiment(tmp_path / "my files", name, *([network] if network else []))
+    lines = said.splitlines()
+    assert lines and all(re.search(r"\[--[Dd]ata_dir\]\[/[^]]*/my files/[^]]*data\]", line) for line in lines), said
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("network", [(), ("lenet",), ("common",), ("",)])
+def test_experiments_name_the_networks_that_they_know(tmp_path, name, network):
+    """cifar10.sh took mlp for one, and trained it without milestones."""
+    said = experiment(tmp_path / "repository", name, *network, code=2)
+    assert re.fullmatch(rf"{name}.sh: '{''.join(network)}': legal: .*{NETWORKS[name]}.*\n", said)
+
+
 @pytest.mark.slow
 def test_the_reference_way_to_the_best_result(tmp_path):
     """On digits and for an epoch: the rule and the share are those of the table that it quotes."""
