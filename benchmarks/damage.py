@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "resnet56"), str(ROOT / "benchmarks")]
 import model
-from common import artifacts, files, records
+from common import artifacts, cli, files, records
 from common.activations import collect_activations, output_sensitivity
 from common.cmi import layer_cmi
 from common.data import load, sample_per_class
@@ -138,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

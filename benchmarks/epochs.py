@@ -105,8 +105,9 @@ def measure(name: str, split: Split, batch: int, batches, device: torch.device, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--Data_dir", type=Path, default=ROOT / "data")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--networks", nargs="+", default=["vgg16", "resnet56", "resnet50"])
+    parser.add_argument("--steps", type=cli.COUNT, default=100)
+    networks = ["vgg16", "resnet56", "resnet50"]
+    parser.add_argument("--networks", nargs="+", choices=networks, default=networks)
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()))
     args = parser.parse_args()
     device, rows = cli.choose_device(0), []

@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from common import artifacts, files
+from common import artifacts, cli, files
 from common.activations import collect_activations, output_sensitivity
 from common.cmi import layer_cmi
 from common.cmi.inputs import standardise
@@ -123,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights_dir", default="mlp/baseline/0")
     parser.add_argument("--Data_dir", type=Path, default=ROOT / "data")
-    parser.add_argument("--samples_per_class", type=int, default=650)
+    parser.add_argument("--samples_per_class", type=cli.COUNT, default=650)
     parser.add_argument("--widths", type=float, nargs="+", default=[0.15, 0.18, 0.2, 0.22, 0.25, 0.3, 0.4])
     args = parser.parse_args()
     network, child = MLP(), PAIRS[0][1]

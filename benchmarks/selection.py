@@ -131,10 +131,10 @@ def measure(dense: MLP, blocks: masks.Blocks, kept: np.ndarray, data: Data, samp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baselines", default="mnist_mlp/baseline")
-    parser.add_argument("--networks", type=int, default=5)
+    parser.add_argument("--networks", type=cli.COUNT, default=5)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.996, 0.984])
     parser.add_argument("--Data_dir", type=Path, default=ROOT / "data")
-    parser.add_argument("--samples_per_class", type=int, default=650)
+    parser.add_argument("--samples_per_class", type=cli.COUNT, default=650)
     args = parser.parse_args()
     data, found, pictures = None, {}, {}
     for seed in range(args.networks):

@@ -36,7 +36,7 @@ def loader_epoch(network, optimizer, loader) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--Data_dir", type=Path, default=ROOT / "data")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=cli.COUNT, default=3)
     args = parser.parse_args()
     batch = TRAINING["Batch_size"]
     train = load("MNIST", args.Data_dir, val_size=0, device=torch.device("cpu")).train

@@ -5,6 +5,7 @@
 Exit code 1 if a claim fails.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -41,7 +42,12 @@ def judge(expected: str, code: int, output: str) -> tuple[bool, str]:
 
 
 def main() -> None:
-    rows, asked = claims((ROOT / "docs" / "claims.md").read_text(encoding="utf-8")), [int(k) for k in sys.argv[1:]]
+    rows = claims((ROOT / "docs" / "claims.md").read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", nargs="*", type=int, metavar="NUMBER")
+    asked = parser.parse_args().numbers
+    if unknown := set(asked) - set(range(1, len(rows) + 1)):
+        parser.error(f"there is no claim {min(unknown)}; legal: 1 to {len(rows)}")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     failed, runs = 0, ROOT / "results" / "claims"
     shutil.rmtree(runs, ignore_errors=True)

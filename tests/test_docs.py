@@ -260,3 +260,11 @@ def test_quick_claims_can_be_read():
 )
 def test_claims_are_judged_by_their_figures(expected, code, output, good, shown):
     assert claims.judge(expected, code, output) == (good, shown)
+
+
+@pytest.mark.parametrize("number", ["0", "999", "x"])
+def test_claims_that_are_not_there_are_refused(monkeypatch, number):
+    """They passed: nothing was run, nothing failed."""
+    monkeypatch.setattr("sys.argv", ["claims.py", number])
+    with pytest.raises(SystemExit, match="2"):
+        claims.main()

@@ -136,6 +136,14 @@ def test_fewer_images_are_the_same_for_all_networks(attack):
     assert found["fgsm_0"]["accuracy"] == pytest.approx(float(evaluate(network, data.test[rows]).accuracy))
 
 
+@pytest.mark.parametrize("flags", ["--images -5", "--images 0", "--eps nan", "--eps 0.1 -1"])
+def test_senseless_numbers_are_refused(monkeypatch, flags):
+    """-5 images were all but the last five."""
+    monkeypatch.setattr("sys.argv", ["robustness.py", "mlp", "x.pkl", *flags.split()])
+    with pytest.raises(SystemExit, match="2"):
+        robustness.main()
+
+
 def test_attacks_are_paired_by_dense_network(tmp_path):
     """CMI is ahead of magnitude by 1, 2, 3 points at eps 0.1; the eps are those that all records have."""
     found = []
