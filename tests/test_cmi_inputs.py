@@ -236,6 +236,21 @@ def test_samples_of_any_kind(rng, kind, tmp_path):
     np.testing.assert_array_equal(check_samples(KINDS[kind](whole), "x"), whole)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_scores_do_not_depend_on_where_the_numbers_lie(rng, estimator):
+    """In another order in memory, or where the caller's new tensors go to a GPU: here to nowhere."""
+    children, parents, *groups = small(rng, 60)
+    scores = layer_cmi(children, parents, *groups, estimator=estimator)
+    other = np.asfortranarray(children), torch.tensor(parents.T.copy()).T
+    assert (layer_cmi(*other, *groups, estimator=estimator) == scores).all()
+    options = {"width": "auto"} if estimator == "kde" else {}
+    auto = layer_cmi(children, parents[:, 1:3], groups[0], [0, 1], estimator=estimator, **options)
+    with torch.device("meta"):
+        assert (layer_cmi(children, parents, *groups, estimator=estimator) == scores).all()
+        again = layer_cmi(children, parents[:, 1:3], groups[0], [0, 1], estimator=estimator, **options)
+    assert (again == auto).all()
+
+
 def test_samples_and_labels_from_a_file(rng, tmp_path):
     children, parents, *groups = small(rng)
     np.save(tmp_path / "x.npy", children)

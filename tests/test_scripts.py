@@ -627,7 +627,8 @@ def experiment(repository, name, *words, code=0):
 def test_experiments_in_a_folder_with_a_space(tmp_path, name, network):
     said = experiment(tmp_path / "my files", name, *([network] if network else []))
     lines = said.splitlines()
-    assert lines and all(re.search(r"\[--[Dd]ata_dir\]\[/[^]]*/my files/[^]]*data\]", line) for line in lines), said
+    assert lines
+    assert all(re.search(r"\[--[Dd]ata_dir\]\[/[^]]*/my files/[^]]*data\]", line) for line in lines), said
 
 
 @pytest.mark.parametrize("name", NETWORKS)

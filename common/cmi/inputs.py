@@ -54,7 +54,7 @@ def check_samples(array, name: str) -> np.ndarray:
     if len(array) < MIN_ROWS:
         raise ValueError(f"{name} has {len(array)} rows; at least {MIN_ROWS} are needed")
     with np.errstate(over="ignore"):
-        samples = array.astype(np.float64)
+        samples = array.astype(np.float64, order="C")  # sums have one order, however it lay
     if not np.isfinite(samples).all():
         row, unit = np.argwhere(~np.isfinite(samples))[0]
         raise ValueError(f"{name} holds {array[row, unit]} in row {row}, unit {unit}; all values must be finite")
@@ -142,13 +142,14 @@ def one_thread_per_worker() -> Iterator[None]:
     """Keep torch and numpy from starting threads of their own: the workers are the parallelism.
 
     It is also what makes results independent of their number, since sums then have one order. The setting is the
-    process's: callers in several threads take turns.
+    process's: callers in several threads take turns. New tensors lie on the CPU, whatever the caller's default is.
     """
+    elsewhere = torch.get_default_device().type != "cpu"
     with _TURN:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with threadpool_limits(1):
+            with threadpool_limits(1), torch.device("cpu") if elsewhere else contextlib.nullcontext():
                 yield
         finally:
             torch.set_num_threads(threads)
