@@ -202,6 +202,8 @@ def _small_images(root: Path, skip: bool) -> Source:
         pixels = np.array([decoded[k] for k in read], np.uint8).reshape(-1, 3, 32, 32)
         labels, border = labels[read], sum(k < border for k in read)
         unreadable(errors, skip)
+        if lacking := set(range(len(classes))) - set(labels[:border].tolist()):
+            raise InputError(f"{shown(root / 'train' / classes[min(lacking)])}: no image file can be read")
         if not errors:
             with contextlib.suppress(OSError):  # a folder that cannot be written to costs the decoding every time
                 records.save({cache: artifacts.array_bytes(pixels)}, {"listing": listing})

@@ -178,6 +178,18 @@ def test_unreadable_files_are_refused_or_left_out(tmp_path, capsys, name, top, w
     assert [line.split("train/")[1].split(" ")[0] for line in said] == [f"a/{k}.png" for k in range(len(DAMAGE))]
 
 
+def test_a_class_without_an_image_that_can_be_read_is_refused(tmp_path):
+    """The network was trained without it; where only the test set lacks it, that is as with an absent folder."""
+    root = tree(tmp_path / "cifar10", "test", "ab")
+    for part, found in (("test", [0, 4]), ("train", None)):
+        for path in (root / part / "a").iterdir():
+            path.write_bytes(b"no image")
+        if found:
+            assert load("CIFAR10", tmp_path, **LOAD, skip=True).test.labels.bincount(minlength=2).tolist() == found
+    with pytest.raises(InputError, match=r"train/a: no image file can be read"):
+        load("CIFAR10", tmp_path, **LOAD, skip=True)
+
+
 def test_odd_names_are_files_and_messages_keep_to_a_line(tmp_path, capsys):
     root = tree(tmp_path / "cifar10", "test", "ab")
     for name in ("\udcff.png", "new\nline.png", "ж é.png"):  # the first is the byte 255, which is no text

@@ -373,7 +373,9 @@ def image_tree(rng: np.random.Generator, folder: Path) -> None:
     kinds = {} if nowhere else wanted
     lost = {part: Counter(image for _, image in images if isinstance(image, str)) for part, images in kinds.items()}
     greys = {part: Counter(image for image in images if image[1] not in lost[part]) for part, images in kinds.items()}
-    odd = nowhere or val_size or not all(greys.values()) or (not skip and any(lost.values()))
+    classes = [{label for label, _ in images.get("train", ())} for images in (kinds, greys)]
+    lacking = side and classes[0] != classes[1]  # a class whose images may all be left out
+    odd = nowhere or val_size or lacking or not all(greys.values()) or (not skip and any(lost.values()))
     try:
         for _ in range(2):  # decoded, and from what was decoded before
             with refusal_only_if(odd), as_another_user(), contextlib.redirect_stderr(said):
