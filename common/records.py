@@ -172,11 +172,12 @@ def checksums(*paths: Path) -> dict[str, str]:
 
 @cache
 def _commit() -> str:
-    """The commit of this checkout, with "+" if files that git tracks differ from it."""
+    """The commit of this checkout, with "+" if files that git tracks differ from it; not of one that it lies in."""
+    here = {"cwd": ROOT, "env": {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}}
     try:
-        git = ["git", "-C", str(ROOT)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], check=False).returncode
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, **here)
+        commit = commit.stdout.strip()
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], check=False, **here).returncode
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+" if changed else "")

@@ -1,6 +1,7 @@
 """Files: written whole or not at all, checked when read, nothing executed."""
 
 import pickle
+import subprocess
 from collections import OrderedDict
 
 import numpy as np
@@ -212,6 +213,17 @@ def test_records_show_no_path_outside_the_repository(tmp_path):
     assert files.display_path(tmp_path / "secret" / "x.pkl") == "x.pkl"
     assert files.display_path(files.RESULTS / "a" / "x.pkl") == "results/a/x.pkl"
     assert files.under_results("a/b") == files.RESULTS / "a" / "b"
+
+
+def test_the_commit_is_not_that_of_a_repository_around_it(tmp_path, monkeypatch):
+    """As of an archive that was unpacked within somebody's own repository."""
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a"]
+    for command in ("init -q", "commit -q --allow-empty -m x"):
+        subprocess.run([*git, *command.split()], check=True)
+    (tmp_path / "unpacked").mkdir()
+    for root, known in ((tmp_path, True), (tmp_path / "unpacked", False)):
+        monkeypatch.setattr(records, "ROOT", root)
+        assert (records._commit.__wrapped__() != "unknown") == known
 
 
 def test_a_state_is_read_as_it_was_written(tmp_path):
