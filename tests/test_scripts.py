@@ -438,9 +438,17 @@ class TestIdentity:
 
     def test_scores_of_another_checkpoint(self, base, tmp_path, call):
         flags = prune(base, tmp_path / "out", "--Prune_per", "0.9", "--Retrain", base / "1" / "logits_best.pkl")
-        said = call(*flags, "--Retrain_mask", base / "0" / "I_parent_cmi.npy", code=2)
-        assert "I_parent_cmi_fc1.weight_fc2.weight.npy was made of another checkpoint than" in said
-        assert "run pruning_1b.py --key_id 0" in said
+        for path in (base / "0").glob("*_cmi_*.npy"):
+            (tmp_path / path.name).symlink_to(path)
+        for folder in (base / "0", tmp_path):  # also through links
+            said = call(*flags, "--Retrain_mask", folder / "I_parent_cmi.npy", code=2)
+            assert "I_parent_cmi_fc1.weight_fc2.weight.npy was made of another checkpoint than" in said
+            assert "run pruning_1b.py --key_id 0" in said
+
+    def test_a_link_to_the_folder_of_the_checkpoint(self, base, tmp_path, call):
+        (tmp_path / "link").symlink_to(base)
+        said = call(*prune(base, tmp_path / "link", "--Prune_per", "0.9"), code=2)
+        assert "--Save_dir link holds the checkpoint that is pruned; name another directory" in said
 
     @pytest.mark.parametrize("stage", [STAGE1, STAGE2, STAGE3])
     def test_a_checkpoint_of_a_run_at_work(self, base, tmp_path, call, stage):
