@@ -62,8 +62,8 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
 
 def folder(text: str) -> Path:
     """An argparse type: a path, from where the script is run."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("the path is empty" if not text else "the path holds a zero byte")
     return Path(text)
 
 
