@@ -84,6 +84,14 @@ def run_order(network: nn.Module, keys: list[str], split: Split | FileSplit) -> 
     return [key for key, _ in ran]
 
 
+def check_outputs(network: nn.Module, split: Split | FileSplit, classes: int) -> None:
+    """Refuse a network that does not return a number for each of so many classes."""
+    _, outputs, count = _try(network, [], split)
+    if outputs.shape != (count, classes) or not outputs.is_floating_point():
+        returned = f"{tuple(outputs.shape)} in {outputs.dtype}"
+        raise InputError(f"the network returns {returned} for {count} images; legal: floats ({count}, {classes})")
+
+
 def output_layer(network: nn.Module, split: Split | FileSplit) -> str | None:
     """The layer that gives the outputs: the last to run of those that have as many outputs as the network, if any."""
     layers = {f"{name}.weight": layer for name, layer in network.named_modules() if isinstance(layer, KINDS)}
@@ -110,9 +118,15 @@ def _try(network: nn.Module, keys: list[str], split: Split | FileSplit) -> tuple
     ran, (images, _) = [], next(iter(split[torch.arange(min(len(split), FIRST_IMAGES))].batches(2 * parallel.size())))
     network.eval()
     with forward_hooks(network, keys, lambda key, read, _: ran.append((key, getattr(read, "shape", None)))):
-        outputs = network(images)
+        try:
+            outputs = network(images)
+        except (RuntimeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
+            raise InputError(f"the network cannot read images {tuple(images.shape)} ({reason(error)})") from error
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
-        raise InputError(f"the network returns {type(outputs).__name__}; legal: a tensor (images, outputs)")
+        returned = tuple(outputs.shape) if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise InputError(f"the network returns {returned}; legal: a tensor (images, outputs)")
     return ran, outputs, len(images)
 
 
@@ -141,7 +155,7 @@ def collect_activations(
     For each key the tensors (n, inputs) and (n, outputs), float32 on the CPU. The input is what the layer truly reads,
     so shortcuts, batch norm, activations and pooling before it are in it; the output is the layer's own, before any
     activation. At positions, the inputs of a convolution are all (channels x kernel) values that its filters read
-    there, channel by channel.
+    there, channel by channel. The network stays in evaluation mode, as after `training.evaluate`.
     """
     run_order(network, keys, split)
     seen, done, layers = {}, 0, {key: plain_layer(network, key) for key in keys}

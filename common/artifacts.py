@@ -73,7 +73,9 @@ def load_checkpoint(path: Path, *, foreign: bool = False) -> dict:
     remedy = "run train_stage1.py first, or name another file"
     content = read_checked(path, records.found(path), remedy)
     checkpoint = _load(content, path, "a checkpoint of tensors and plain values", remedy)
-    checkpoint = {"state_dict": _unwrapped(checkpoint)} if foreign else checkpoint
+    if foreign:
+        masks = checkpoint.get("masks") if isinstance(checkpoint, dict) else {}
+        checkpoint = {"state_dict": _unwrapped(checkpoint), "masks": masks if isinstance(masks, dict) else {}}
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"{path} has no 'state_dict' of tensors; {remedy}")

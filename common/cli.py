@@ -6,6 +6,7 @@ Errors of other modules speak of `parameters`; `run` says them by the names of t
 import argparse
 import contextlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -240,6 +241,8 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
         raise InputError(f"--{gpus} {_shown(given[gpus])}: one GPU a process; for several use torchrun")
     given[gpus], given[classes] = given[gpus][0], given[classes] and list(dict.fromkeys(given[classes]))
     args.stage, args.code = stage, records.code_of(Path(script).resolve())
+    if stage == 1:
+        _check_build(args, model)
     {1: _check_training, 2: _check_scoring, 3: _check_pruning, 4: _check_exporting}[stage](args, model)
     return args
 
@@ -278,6 +281,8 @@ def _check_layers(model: ModuleType) -> None:
     for child, limit in model.MAX_SPARSITY.items():
         if not isinstance(limit, Real) or not 0 <= limit <= 1:
             wrong.append(("MAX_SPARSITY", f"{child}: {limit}", "shares from 0 to 1"))
+    inner = getattr(model, "INNER", [])
+    wrong += [("INNER", key, "layers of MAX_SPARSITY, in a list") for key in inner if key not in model.MAX_SPARSITY]
     for where, what, legal in wrong[:1]:
         raise InputError(f"model.py: {where} holds {what}; legal: {legal}")
     if missing := [child for _, child in model.PAIRS if child not in model.GROUPS]:
@@ -316,7 +321,11 @@ def _check_values(where: str, values: dict) -> None:
 
 def _options(name: str, flag: dict, defaults: dict) -> tuple[dict, object]:
     """What argparse is told of a flag, and its default."""
-    default = defaults.get(name, flag["default"])
+    default, kind = defaults.get(name, flag["default"]), flag.get("type", str)
+    if isinstance(default, (list, tuple)):
+        default = [kind(str(one)) for one in default]
+    elif default is not None and not isinstance(default, bool):
+        default = str(default)  # argparse makes a number of it, whatever kind of number it was
     options = {key: value for key, value in flag.items() if key not in ("stages", "default")}
     if name in ("Model", "model"):
         options["choices"] = (default,)
@@ -356,6 +365,18 @@ def _check_training(args: Namespace, model: ModuleType) -> None:
         why, least = ("batch norm needs two images", 2) if normed else ("there is to be one image", 1)
         if args.Batch_size < (least := least * parallel.size()):
             raise InputError(f"--Batch_size {args.Batch_size}: {why} for each process; legal: {least} or more")
+
+
+def _check_build(args: Namespace, model: ModuleType) -> None:
+    """Refuse a network that is there already: no seed draws its first weights, and another run has trained them."""
+    try:
+        inspect.signature(model.build).bind(args.Dims)
+    except TypeError as error:
+        raise InputError(f"model.py: build: {reason(error)}; legal: a callable of the number of classes") from error
+    network = model.build(args.Dims)
+    if not isinstance(network, nn.Module) or network is model.build(args.Dims):
+        what = f"{'the same' if isinstance(network, nn.Module) else 'a'} {type(network).__name__}"
+        raise InputError(f"model.py: build returns {what}; legal: a new network every time")
 
 
 def _has_batch_norm(args: Namespace, model: ModuleType) -> bool:
@@ -438,7 +459,8 @@ def load_given(args: Namespace, network: nn.Module, model: ModuleType) -> None:
     if source is None:
         return
     if source != "torchvision":
-        artifacts.load_weights(network, source, foreign=True)
+        if artifacts.load_weights(network, source, foreign=True).get("masks"):
+            raise InputError(f"{source} is of a pruned network, whose mask stage 1 drops; stage 3 keeps it: --Retrain")
         return
     flag, name = "Weights" if args.Weights else "Init", getattr(model, "PRETRAINED", None)
     if name is None:
@@ -500,11 +522,12 @@ def about(args: Namespace) -> dict[str, str]:
 
 
 def _note_other_code(args: Namespace, checkpoint: Path) -> None:
-    """Say if model.py is not what it was when the checkpoint was made."""
-    known = records.found(checkpoint)
-    made = records.read(known).get("code", {}).get("model.py") if known.is_file() else None
-    if made and made != args.code["code"].get("model.py") and parallel.rank() == 0:
-        print(f"{checkpoint} was made with other code in model.py; its weights are taken as they are")
+    """Say if code that both share, such as model.py, is not what it was when the checkpoint was made."""
+    known, now = records.found(checkpoint), args.code["code"]
+    made = records.read(known).get("code", {}) if known.is_file() else {}
+    other = ", ".join(sorted(file for file in made.keys() & now.keys() if made[file] != now[file]))
+    if other and parallel.rank() == 0:
+        print(f"{checkpoint} was made with other code in {other}; its weights are taken as they are")
 
 
 def weights_path(args: Namespace) -> Path:
@@ -646,7 +669,7 @@ def pruned_share(args: Namespace) -> float:
 
 def resolve_pairs(args: Namespace, model: ModuleType) -> None:
     """Put the layer pairs that stage 3 prunes, their numbers of groups and their limits into the arguments."""
-    masked = getattr(model, "INNER", model.MAX_SPARSITY) if args.Granularity == "channel" else model.MAX_SPARSITY
+    masked = getattr(model, "INNER", []) or model.MAX_SPARSITY if args.Granularity == "channel" else model.MAX_SPARSITY
     args.children_key = args.children_key or [key for key in model.MAX_SPARSITY if key in masked]
     parents = {child: parent for parent, child in model.PAIRS}
     args.parent_key = args.parent_key or [parents.get(child, "?") for child in args.children_key]
@@ -660,7 +683,8 @@ def resolve_pairs(args: Namespace, model: ModuleType) -> None:
     if len(set(args.children_key)) < len(args.children_key):
         raise InputError("--children_key names a layer twice")
     resolve_groups(args, args.children_key, model)
-    one_per_pair(args, "upper_prune_limit", [model.MAX_SPARSITY.get(child, 1.0) for child in args.children_key])
+    limits = [float(model.MAX_SPARSITY.get(child, 1)) for child in args.children_key]
+    one_per_pair(args, "upper_prune_limit", limits)
 
 
 def resolve_groups(args: Namespace, children: list[str], model: ModuleType) -> None:
@@ -672,7 +696,7 @@ def resolve_groups(args: Namespace, children: list[str], model: ModuleType) -> N
         if set(args.children_clusters or [1]) != {1}:
             raise InputError("`granularity` channel has one group of children: leave `children_clusters` out")
     for k, flag in enumerate(("parent_clusters", "children_clusters")):
-        one_per_pair(args, flag, [groups[child][k] for child in children])
+        one_per_pair(args, flag, [int(groups[child][k]) for child in children])
 
 
 def in_range(index: int, choices: list) -> int:

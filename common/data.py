@@ -69,7 +69,7 @@ class Split:
         return len(_to_train_on(torch.arange(len(self)), batch_size))
 
     def _floats(self, images: Tensor) -> Tensor:
-        images = images.float().div_(255)
+        images = _scaled(images)
         return images if self.mean is None else images.sub_(self.mean).div_(self.std)
 
 
@@ -126,7 +126,7 @@ class FileSplit:
                 together *= able == parallel.size()
             seen += together
             if together:
-                images = images.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
+                images = _scaled(images.to(device, non_blocking=True)).sub_(mean).div_(std)
                 yield images, self.labels[rows.to(device)], together
         if not seen:
             raise InputError(f"no batch of {len(self)} images has enough that can be read; see `data_dir`")
@@ -163,6 +163,13 @@ def middle(image: Image.Image) -> Image.Image:
         return image
     left, top = ((side - 2 * short) // 2 if side > 2 * short else 0 for side in (width, height))
     return image.crop((left, top, width - left, height - top))
+
+
+def _scaled(images: Tensor) -> Tensor:
+    """Bytes as numbers in [0, 1]."""
+    if images.dtype != torch.uint8:  # would be divided by 255 all the same
+        raise InputError(f"augmentation gives {images.dtype}; legal: torch.uint8, without ToTensor and Normalize")
+    return images.float().div_(255)
 
 
 def _to_train_on(order: Tensor, batch_size: int) -> list[Tensor]:

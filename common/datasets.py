@@ -39,6 +39,24 @@ class Source:
     natural: bool = False  # photographs: normalised by channel
     fingerprint: str = ""  # identifies images that are not in memory
 
+    def __post_init__(self) -> None:
+        """Refuse what a function of one's own may return."""
+        for images, labels in (self.train, self.test):
+            paths = isinstance(images, np.ndarray) and images.ndim == 1
+            pixels = isinstance(images, Tensor) and images.ndim == 4 and images.dtype == torch.uint8
+            if not (paths or (pixels and images.shape[1:] == self.train[0].shape[1:])):
+                legal = "a uint8 tensor (n, channels, height, width), of one size, or an array of paths"
+                raise InputError(f"images of a data set: {_kind(images)}; legal: {legal}")
+            if not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == (len(images),)):
+                raise InputError(f"labels of a data set: {_kind(labels)}; legal: an int64 tensor ({len(images)},)")
+            if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.classes):
+                span = f"from {labels.min()} to {labels.max()}"
+                raise InputError(f"labels of a data set: {span}; legal: 0 to {len(self.classes) - 1}, by its classes")
+
+
+def _kind(value) -> str:
+    return f"a {type(value).__name__} {tuple(getattr(value, 'shape', ()))} of {getattr(value, 'dtype', 'objects')}"
+
 
 def _mnist(folder: Path, name: str, skip: bool) -> Source:
     """MNIST and its relatives; torchvision downloads and unpacks what is absent."""

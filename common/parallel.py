@@ -106,6 +106,8 @@ def place(network: nn.Module, device: torch.device) -> nn.Module:
 
     On several GPUs with batch norm over the whole batch; gloo has no such thing: there every process norms its part.
     """
+    if any(map(nn.parameter.is_lazy, network.parameters())):
+        raise InputError("the network has layers without a size yet; run it once on images in model.py's build")
     network = network.to(device, memory_format=torch.channels_last)
     if size() > 1 and next(network.parameters()).is_cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)

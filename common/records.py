@@ -12,8 +12,10 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -127,13 +129,31 @@ DIFFERENCES = {  # what decides the result, and how a difference is said
 
 
 def code_of(script: Path) -> dict:
-    """The code that runs, as entries of a record: the script and all it imported from below its folder, and common/."""
+    """The code that runs, as entries of a record: common/, the script, and what it imports of its folder or beside it.
+
+    Imports within functions count too, and what was imported from below the folder in any other way.
+    """
     modules = {Path(m.__file__).resolve() for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
     folder = script.parent
     there = {file for file in modules if folder in file.parents and "site-packages" not in file.parts}
-    own = sorted({script} | {file for file in there if file.suffix == ".py" and file.is_file()})
-    code = {path.relative_to(folder).as_posix(): syntax_hash(path) for path in own}
+    new, own = {script} | {file for file in there if file.suffix == ".py" and file.is_file()}, set()
+    while new := new - own:
+        own |= new
+        new = {file for path in new for file in _imports(path, [folder, folder.parent])}
+    code = {os.path.relpath(path, folder).replace(os.sep, "/"): syntax_hash(path) for path in sorted(own)}
     return {"code": code, "common": common_hash()}
+
+
+def _imports(path: Path, places: list[Path]) -> Iterator[Path]:
+    """The files in these folders, but for common/, that a file's imports may mean."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            level, package = getattr(node, "level", 0), getattr(node, "module", None) or ""
+            for place, alias in product([path.parents[level - 1]] if level else places, node.names):
+                parts = f"{package}.{alias.name}".strip(".").split(".")
+                for stem in (place.joinpath(*parts[:k]) for k in range(1, len(parts) + 1)):
+                    found = stem.with_suffix(".py"), stem / "__init__.py"
+                    yield from (file for file in found if (level or parts[0] != "common") and file.is_file())
 
 
 @cache

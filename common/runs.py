@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from common import artifacts, parallel, records
+from common.activations import check_outputs
 from common.data import Data, FileSplit, Split, derived_seed
 from common.errors import Diverged, InputError
 from common.files import file_lock
@@ -72,6 +73,7 @@ class Run:
 
         `network` is what is kept; `more` by name: what else has a state_dict that the loop changes.
         """
+        check_outputs(network, self.data.train, self.data.classes)
         self.parts = {"network": network, "optimizer": optimizer, "schedule": schedule, **more}
         self._restore()
         if count == 0:
@@ -98,10 +100,12 @@ class Run:
         line = {"epoch": self.epoch, "lr": self.rate, "train_loss": trained.loss, "train_accuracy": trained.accuracy}
         if selected is not None:
             line |= {"val_loss": selected.loss, "val_accuracy": selected.accuracy}
+        if taken := {*line, "seconds"} & more.keys():
+            raise InputError(f"run.log: every row has {', '.join(sorted(taken))} already; name yours otherwise")
         line |= {**more, "seconds": round(time.perf_counter() - self.began, 3)}
         line = {name: value.item() if hasattr(value, "item") else value for name, value in line.items()}
-        if not all(math.isfinite(value) for value in line.values()):
-            self._diverge()
+        if wrong := [name for name, value in line.items() if not math.isfinite(value)]:
+            self._diverge(", ".join(wrong))
         self.lines.append(line)
         if parallel.rank() == 0:
             titles = [] if self.titled else [_row(line, titles=True)]
@@ -160,12 +164,12 @@ class Run:
         records.save({self.best: self._checkpoint(self.kept_state, self.kept["epoch"])}, written)
         return written
 
-    def _diverge(self) -> None:
+    def _diverge(self, what: str) -> None:
         known = records.record_path(self.best)
         if known.is_file():
             records.write(known, {**records.read(known), "status": "diverged"})
         kept = f"The best checkpoint so far, of epoch {self.kept['epoch']}, is kept." if self.lines else "Nothing kept."
-        raise Diverged(f"the loss is not finite after epoch {self.epoch}; lower `lr` (now {self.rate:g}). {kept}")
+        raise Diverged(f"{what} not finite after epoch {self.epoch}; lower `lr` (now {self.rate:g}). {kept}")
 
     def _restore(self) -> None:
         """Go on from the state of an interrupted run, if there is one and it is of this run."""

@@ -1,5 +1,7 @@
 """One epoch of training, evaluation, and learning-rate schedules; the recipe is the scripts'."""
 
+import contextlib
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -75,6 +77,7 @@ def train_epoch(
     -------
     Metrics of every image as it was when it was trained on.
     """
+    _check_sum(loss)
     network.train()
     device = next(network.parameters()).device
     images_seen, loss_sum, correct = 0, torch.zeros((), device=device), torch.zeros((), device=device)
@@ -82,6 +85,8 @@ def train_epoch(
     for images, labels, rows in tqdm(batches, unit="batch", leave=False, disable=quiet):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):  # a graph forbids a cache
             logits = network(images)
+        if not isinstance(logits, Tensor):
+            raise InputError(f"in training the network returns a {type(logits).__name__}; legal: a tensor")
         batch_loss = loss(logits.float(), labels)
         optimizer.zero_grad(set_to_none=True)
         (batch_loss * (parallel.size() / rows)).backward()  # averaged over processes, this is the mean over the batch
@@ -93,6 +98,15 @@ def train_epoch(
     parallel.broadcast_buffers(network)
     loss_sum, correct = parallel.total(loss_sum, correct)
     return Metrics(100 * correct / max(images_seen, 1), loss_sum / max(images_seen, 1))
+
+
+def _check_sum(loss: Callable) -> None:
+    """Refuse a loss of torch's that is a mean: the steps would be smaller by the size of a batch."""
+    reduction = getattr(loss, "reduction", "sum")
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # of functions without it, or without a signature
+        reduction = inspect.signature(loss).parameters["reduction"].default
+    if reduction != "sum":
+        raise InputError(f"the loss has the reduction {reduction!r}; legal: 'sum', over the images")
 
 
 def make_optimizer(name: str, parameters, lr: float, weight_decay: float, nesterov: bool) -> Optimizer:

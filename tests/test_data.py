@@ -14,7 +14,7 @@ from PIL import Image
 
 from common import parallel, records
 from common.data import IMAGENET, Split, crop_and_flip, load, sample_per_class, shift_and_mirror
-from common.datasets import torchvision
+from common.datasets import Source, torchvision
 from common.errors import InputError
 
 CPU = torch.device("cpu")
@@ -129,6 +129,45 @@ def test_images_of_another_scale_are_refused(images):
     """Numbers from 0 to 1 would be divided by 255, as those from 0 to 255 are."""
     with pytest.raises(InputError, match=f"the images of a split are of {images.dtype}; legal: torch.uint8"):
         Split(images, torch.arange(5))
+
+
+def test_augmentation_of_another_scale_is_refused(photographs):
+    """As torchvision's usual ToTensor and Normalize: their numbers would be scaled once more."""
+    transforms = torchvision().transforms.v2
+    files = load("ImageNet", photographs, val_size=0, device=CPU)
+    kept = [transforms.CenterCrop(20), transforms.ToImage()]
+    floats = [*kept, transforms.ToDtype(torch.float32, scale=True), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+    images, *_ = next(files.train.shuffled(4, 0, kept))
+    assert images.shape == (4, 3, 20, 20)
+    split = Split(torch.zeros(5, 1, 4, 4, dtype=torch.uint8), torch.arange(5))
+    for batches in (
+        files.train.shuffled(4, 0, floats),
+        split.shuffled(2, 0, lambda count, random, device: lambda images, rows: images / 255),
+    ):
+        with pytest.raises(InputError, match=r"augmentation gives torch\.float32; legal: torch\.uint8"):
+            next(batches)
+
+
+GREY, LABELS = torch.zeros(6, 1, 4, 4, dtype=torch.uint8), torch.arange(6) % 3
+SOURCES = {  # what a function of one's own may return as its test set
+    "floats": (GREY / 255, LABELS, r"images of a data set: a Tensor \(6, 1, 4, 4\) of torch.float32"),
+    "array": (GREY.numpy(), LABELS, r"images of a data set: a ndarray \(6, 1, 4, 4\) of uint8"),
+    "no channel": (GREY[:, 0], LABELS, r"images of a data set: a Tensor \(6, 4, 4\)"),
+    "another size": (GREY[..., :2], LABELS, r"images of a data set: a Tensor \(6, 1, 4, 2\).*of one size"),
+    "more images": (GREY, LABELS[:5], r"labels of a data set: a Tensor \(5,\).*int64 tensor \(6,\)"),
+    "whole numbers": (GREY, LABELS.int(), r"labels of a data set: a Tensor \(6,\) of torch.int32"),
+    "list": (GREY, LABELS.tolist(), r"labels of a data set: a list \(\) of objects"),
+    "one-hot": (GREY, torch.eye(3)[LABELS].long(), r"labels of a data set: a Tensor \(6, 3\)"),
+    "from 1": (GREY, LABELS + 1, "labels of a data set: from 1 to 3; legal: 0 to 2, by its classes"),
+    "negative": (GREY, LABELS - 100, "labels of a data set: from -100 to -98"),
+}
+
+
+@pytest.mark.parametrize("what", SOURCES)
+def test_data_sets_of_another_form_are_refused(what):
+    images, labels, message = SOURCES[what]
+    with pytest.raises(InputError, match=message):
+        Source((GREY, LABELS), (images, labels), ["a", "b", "c"])
 
 
 def test_augmentation_is_drawn_uniformly():

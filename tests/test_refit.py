@@ -141,6 +141,19 @@ def test_batch_norm_takes_its_statistics_from_the_images(network, split):
     assert not network[1].training
 
 
+def test_batch_norm_that_runs_twice_takes_the_mean_of_both():
+    torch.manual_seed(0)
+    norm, scale = nn.BatchNorm1d(4), nn.Linear(4, 4)
+    net = nn.Sequential(nn.Flatten(), norm, scale, norm)
+    split = Split(torch.randint(0, 256, (500, 1, 2, 2), dtype=torch.uint8), torch.zeros(500, dtype=torch.int64))
+    refit.recalibrate_batch_norm(net, split)
+    first = split.images.flatten(1).float() / 255
+    with torch.no_grad():
+        second = scale((first - first.mean(0)) / (first.var(0, unbiased=False) + norm.eps).sqrt())
+    torch.testing.assert_close(norm.running_mean, (first.mean(0) + second.mean(0)) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, (first.var(0) + second.var(0)) / 2, rtol=1e-4, atol=1e-5)
+
+
 def test_a_last_batch_of_one_image_is_left_out():
     """Batch norm of one value per channel has no variance; the statistics are those of the other images."""
     torch.manual_seed(0)

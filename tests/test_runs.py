@@ -209,12 +209,9 @@ def test_what_an_older_record_does_not_know_is_not_different(tmp_path, data):
 @pytest.mark.parametrize(("select", "kept"), [("test", 3), ("val", 4)])
 def test_one_standard_error_rule(tmp_path, data, select, kept):
     """80 % of 100 images has a standard error of 4 %: epoch 4 (77 %) is as good as epoch 3, epochs 1 and 2 are not."""
-    network = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(network.parameters(), 0.1)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     with begin(tmp_path, data, select=select) as run:
         accuracies = dict(enumerate((50.0, 60.0, 80.0, 77.0), 1))
-        for epoch in run.epochs(4, network, optimizer, schedule):
+        for epoch in run.epochs(4, *parts()):
             run.log(Metrics(50.0, 1.0), Metrics(accuracies[epoch], 1.0))
         assert run.kept["epoch"] == kept
 
@@ -248,7 +245,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, data):
 
 
 def parts():
-    network = nn.Linear(1, 1)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     return network, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
 
@@ -276,6 +273,43 @@ def test_further_figures_have_a_column_and_are_recorded(tmp_path, data, capsys):
     titles, row = capsys.readouterr().out.splitlines()[1:3]
     assert "kept_percent" in titles
     assert "12.5" in row
+
+
+@pytest.mark.parametrize("name", ["epoch", "lr", "train_loss", "val_accuracy", "seconds"])
+def test_further_figures_do_not_replace_a_row_s_own(tmp_path, data, name):
+    """The epoch of a row says which is kept and where a killed run goes on."""
+    with begin(tmp_path, data) as run:
+        next(run.epochs(1, *parts()))
+        with pytest.raises(InputError, match=f"every row has {name} already"):
+            run.log(Metrics(50.0, 1.0), Metrics(50.0, 1.0), **{name: 7.0})
+
+
+def test_a_further_figure_that_is_not_finite_is_named(tmp_path, data):
+    with begin(tmp_path, data) as run:
+        next(run.epochs(1, *parts()))
+        with pytest.raises(Diverged, match=r"^perplexity not finite after epoch 1"):
+            run.log(Metrics(50.0, 1.0), Metrics(50.0, 1.0), perplexity=math.inf)
+
+
+RETURNS = {  # what a network of two classes may return instead of (images, 2) floats
+    "fewer": (lambda x: x[:, :1], r"returns \(2, 1\) in torch.float32 for 2 images; legal: floats \(2, 2\)"),
+    "more": (lambda x: torch.cat([x, x], 1), r"returns \(2, 4\) in"),
+    "maps": (lambda x: x[:, :, None, None], r"returns \(2, 2, 1, 1\) in"),
+    "classes": (lambda x: x.argmax(1), r"returns \(2,\); legal: a tensor \(images, outputs\)"),
+    "whole numbers": (lambda x: x.int(), r"returns \(2, 2\) in torch.int32"),
+    "several": (lambda x: (x, x), "returns a tuple; legal"),
+    "nothing": (lambda x: x.reshape(5, -1), r"cannot read images \(2, 1, 4, 4\) \(shape '\[5, -1\]' is invalid"),
+}
+
+
+@pytest.mark.parametrize("what", RETURNS)
+def test_outputs_that_are_not_the_classes_are_refused_before_training(tmp_path, data, what):
+    network, *others = parts()
+    change, message = RETURNS[what]
+    network.register_forward_hook(lambda module, read, returned: change(returned))
+    with begin(tmp_path, data) as run, pytest.raises(InputError, match=message):
+        next(run.epochs(1, network, *others))
+    assert not list(tmp_path.glob("*.pkl"))
 
 
 def test_a_run_whose_numbers_are_numpy_s_or_torch_s_goes_on(tmp_path, data):
@@ -349,3 +383,28 @@ class TestCode:
         helper.rename(tmp_path / "parts" / "helper.py")
         monkeypatch.setitem(sys.modules, "helper", SimpleNamespace(__file__=str(tmp_path / "parts" / "helper.py")))
         assert set(records.code_of(script)["code"]) == {"script.py", "parts/helper.py"}
+
+    def test_imports_within_functions_and_beside_the_folder_count(self, script, tmp_path):
+        """Also what these import, and __init__ files; not common/, which has an entry of its own, nor packages."""
+        folder = tmp_path / "own"
+        files = {
+            "own/script.py": "import torch, common.data\n\n\ndef build():\n    from parts.late import x\n",
+            "own/parts/__init__.py": "",
+            "own/parts/late.py": "from . import further\nfrom .common import y\nfrom other.model import Block\n",
+            "own/parts/further.py": "",
+            "own/parts/common.py": "",
+            "own/parts/unused.py": "",
+            "other/model.py": "import numpy.linalg, beside\n",
+            "beside.py": "",
+            "common/data.py": "",
+        }
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        counted = {"script.py", *(f"parts/{name}.py" for name in ("__init__", "late", "further", "common"))}
+        counted |= {"../other/model.py", "../beside.py"}
+        before = records.code_of(folder / "script.py")["code"]
+        assert set(before) == counted
+        (tmp_path / "beside.py").write_text("X = 1\n")
+        after = records.code_of(folder / "script.py")["code"]
+        assert {file for file in counted if before[file] != after[file]} == {"../beside.py"}

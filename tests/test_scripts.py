@@ -515,6 +515,11 @@ def test_a_further_figure_in_the_rows(base, tmp_path, call_in):
         ("(784, 100)", "(784, 0)", "model.py: GROUPS holds (784, 0); legal"),
         ("MAX_SPARSITY = {", "MAX_SPARSITY = {'fc1.weight': 1.5, ", "holds fc1.weight: 1.5; legal: shares from 0 to 1"),
         ("build = MLP", "build = None", "model.py: build is None; legal: a callable, not empty"),
+        ("self, classes: int = 10", "self", "model.py: build: too many positional arguments; legal: a callable of the"),
+        ("MAX_SPARSITY = {", "INNER = ['fc1.weight']\nMAX_SPARSITY = {", "INNER holds fc1.weight; legal: layers"),
+        ("MAX_SPARSITY = {", "INNER = 'fc2.weight'\nMAX_SPARSITY = {", "INNER holds f; legal: layers of MAX"),
+        ("build = MLP", "def build(classes):\n    MLP(classes)", "build returns a NoneType; legal: a new network"),
+        ("build = MLP", "one = MLP()\nbuild = lambda classes: one", "build returns the same MLP; legal: a new"),
         ("GROUPS = {", "Groups = {", "model.py lacks GROUPS; docs/own_network.md has all that it holds"),
         ('("fc1.weight", "fc2.weight")', '("fc1", "fc2")', "model.py: GROUPS lacks fc2, of PAIRS"),
     ],
@@ -526,6 +531,35 @@ def test_senseless_values_in_model_py_are_one_line(tmp_path, call_in, old, new, 
     (folder / "model.py").write_text(text.replace(old, new))
     assert message in call_in(folder, STAGE1, *TRAIN, "--Save_dir", tmp_path / "out", code=2)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["(2,)", "['2']", "[np.int64(2)]", "np.array([2]).tolist()"])
+def test_numbers_of_other_kinds_are_those_of_the_flags(tmp_path, call_in, value):
+    """Recorded as such, so that the same command knows its run; of text no milestone was ever reached."""
+    folder = editable(tmp_path / "repository", "mlp")
+    text = (folder / "model.py").read_text()
+    for old, new in {
+        '"""\n\nfrom torch': '"""\n\nimport numpy as np\nfrom torch',
+        "[10, 20]": value,
+        '"Lr": 0.1': '"Lr": np.float32(0.1)',
+        '"Batch_size": 256': '"Batch_size": np.int64(64)',
+        "(250, 100)": "(np.int64(250), np.int32(100))",
+        '"fc2.weight": 0.99': '"fc2.weight": np.float32(0.75)',
+    }.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (folder / "model.py").write_text(text)
+    flags = [*TRAIN[:-2], "--Save_dir", tmp_path / "out"]
+    call_in(folder, STAGE1, *flags)
+    assert "is complete already" in call_in(folder, STAGE1, *flags)
+    known = record(tmp_path / "out" / "0" / "logits_best.pkl")
+    assert [line["lr"] for line in known["epochs"]] == pytest.approx([0.1, 0.1, 0.01])
+    assert (known["arguments"]["Batch_size"], known["arguments"]["Milestones"]) == (64, [2])
+    pruning = ["--Retrain", tmp_path / "out" / "0" / "logits_best.pkl", "--Save_dir", tmp_path / "pruned"]
+    pruning += ["--Criterion", "magnitude", "--Prune_per", "0.7", "--Epoch", "0"]
+    call_in(folder, STAGE3, *TRAIN[:-2], *PLAIN, *pruning)
+    found = record(tmp_path / "pruned" / "0" / "logits_70.00.pkl")["arguments"]
+    assert (found["parent_clusters"], found["children_clusters"], found["upper_prune_limit"]) == ([250], [100], [0.75])
 
 
 def test_a_script_that_augments_wants_it_of_model_py(tmp_path, call_in):
@@ -548,6 +582,17 @@ def test_an_edit_of_retraining_leaves_finished_training_alone(tmp_path, call_in)
     assert "is complete already: test accuracy" in call_in(folder, *flags)
     (folder / "model.py").write_text(text.replace('"Lr": 0.1', '"Lr": 0.2'))
     assert "--Lr 0.1 (now 0.2)" in call_in(folder, *flags, code=2)
+
+
+def test_other_code_of_a_checkpoint_is_said_by_its_files(tmp_path, call_in):
+    folder = editable(tmp_path / "repository", "mlp")
+    model = folder / "model.py"
+    (folder / "parts.py").write_text("RATE = 0.2\n")
+    model.write_text(model.read_text().replace("        super()", "        from parts import RATE\n\n        super()"))
+    call_in(folder, STAGE1, *TRAIN, "--Save_dir", tmp_path / "out")
+    (folder / "parts.py").write_text("RATE = 0.3\n")
+    said = call_in(folder, STAGE2, *SCORE, "--weights_dir", tmp_path / "out" / "0", "--key_id", "1")
+    assert "logits_best.pkl was made with other code in parts.py; its weights are taken as they are" in said
 
 
 def test_differences_are_said_as_they_are(base, tmp_path, call):
@@ -579,6 +624,15 @@ def test_training_starts_from_given_weights(base, tmp_path, call):
         wanted["loss"], rel=1e-3
     )
     assert "give one" in call(STAGE1, *TRAIN, "--Init", given, "--Weights", given, code=2)
+
+
+@pytest.mark.parametrize("flag", ["--Weights", "--Init"])
+def test_stage_1_does_not_let_pruned_weights_grow_back(base, tmp_path, call, flag):
+    """Its checkpoint has no mask, by which a second round would know them."""
+    call(*prune(base, tmp_path, "--Prune_per", "0.9", "--Epoch", "0"))
+    said = call(STAGE1, *TRAIN, flag, tmp_path / "0" / "logits_90.00.pkl", "--Save_dir", tmp_path / "out", code=2)
+    assert "logits_90.00.pkl is of a pruned network, whose mask stage 1 drops; stage 3 keeps it: --Retrain" in said
+    assert not list((tmp_path / "out").rglob("*.pkl"))
 
 
 def test_no_epochs_leave_the_pruned_network_as_it_is(base, tmp_path, call):

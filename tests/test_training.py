@@ -1,5 +1,8 @@
 """Training, evaluation and activations on a small problem."""
 
+import contextlib
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -57,6 +60,39 @@ def test_figures_of_an_epoch_are_of_every_image_as_it_was_trained_on(split):
         expected = nn.functional.cross_entropy(logits, split.labels, label_smoothing=smoothing).item()
         assert metrics.loss == pytest.approx(expected, rel=1e-5)
         assert metrics.accuracy == pytest.approx(100 * (logits.argmax(1) == split.labels).float().mean().item())
+
+
+LOSSES = {
+    "module": (nn.CrossEntropyLoss(), "the loss has the reduction 'mean'; legal: 'sum'"),
+    "function": (nn.functional.cross_entropy, "the loss has the reduction 'mean'"),
+    "part": (partial(nn.functional.nll_loss, reduction="none"), "the loss has the reduction 'none'"),
+    "sum": (partial(nn.functional.cross_entropy, reduction="sum"), None),
+    "own": (lambda logits, labels: (logits.softmax(1) - nn.functional.one_hot(labels)).square().sum(), None),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_losses_that_are_means_are_refused(split, kind):
+    """They would be divided by the size of the batch once more."""
+    loss, message = LOSSES[kind]
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    rest = optimizer, make_schedule(optimizer, "cosine", 1, 5, [], 1, 0), split.shuffled(20, 0), loss
+    with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+        train_epoch(net, *rest)
+
+
+def test_outputs_of_training_are_a_tensor(split):
+    """Some networks return more in training mode than they do otherwise."""
+    net = network()
+    net.register_forward_hook(lambda module, read, returned: (returned, returned) if module.training else returned)
+    with pytest.raises(InputError, match="in training the network returns a tuple; legal: a tensor"):
+        train(net, split)
+
+
+def test_layers_without_a_size_are_refused():
+    with pytest.raises(InputError, match="run it once on images in model"):
+        parallel.place(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["steps", "cosine", "one-cycle"])
