@@ -259,8 +259,8 @@ def speed_figure(speed: dict) -> None:
 
 
 def main() -> None:
-    names = ("accuracy", "ranking", "speed", "scoring", "training", "real_layer", "selection", "calibration", "scale")
-    accuracy, ranking, speed, scoring, training, real, study, calibration, scale = (
+    names = "accuracy ranking speed scoring training real_layer selection calibration scale damage".split()
+    accuracy, ranking, speed, scoring, training, real, study, calibration, scale, damage = (
         records.read(FOLDER / f"{name}.json") for name in names
     )
     for row in accuracy["calibration"]:
@@ -293,6 +293,7 @@ def main() -> None:
     fill(page, "speed", sweep(speed["by_samples"] + speed["by_parent_groups"] + speed["by_cores"]))
     fill(page, "kernels", kernels_table([records.read(path) for path in sorted(FOLDER.glob("kernels_*.json"))]))
     fill(page, "scale", scale_table(scale))
+    fill(files.RESULTS / "README.md", "damage", damage_table(damage))
     fill(page, "peers", peers(speed))
     speed_figure(speed)
     for share in (99.6, 98.4):
