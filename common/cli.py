@@ -324,7 +324,7 @@ def _options(name: str, flag: dict, defaults: dict) -> tuple[dict, object]:
     default, kind = defaults.get(name, flag["default"]), flag.get("type", str)
     if isinstance(default, (list, tuple)):
         default = [kind(str(one)) for one in default]
-    elif default is not None and not isinstance(default, bool):
+    elif isinstance(default, Real) and not isinstance(default, bool):
         default = str(default)  # argparse makes a number of it, whatever kind of number it was
     options = {key: value for key, value in flag.items() if key not in ("stages", "default")}
     if name in ("Model", "model"):
@@ -399,7 +399,7 @@ def _check_pruning(args: Namespace, model: ModuleType) -> None:
     _check_training(args, model)
     pruned_share(args)
     resolve_pairs(args, model)
-    if real(args.Save_dir) in real(args.Retrain).parents[:2]:
+    if real(args.Save_dir) in map(real, (*args.Retrain.parents[:2], *real(args.Retrain).parents[:2])):
         where = display_path(args.Save_dir)
         raise InputError(f"--Save_dir {where} holds the checkpoint that is pruned; name another directory")
     if not (args.Refit or args.Criterion == "taylor" or _has_batch_norm(args, model)):
@@ -410,7 +410,7 @@ def _check_exporting(args: Namespace, _model: ModuleType) -> None:
     if absent := [name for name in export.PACKAGES if importlib.util.find_spec(name) is None]:
         raise InputError(f"stage 4 needs {', '.join(absent)}: pip install -r requirements-export.txt")
     args.Save_dir = args.Save_dir or args.Checkpoint.parent / "export"
-    if real(args.Save_dir) == real(args.Checkpoint).parent:
+    if real(args.Save_dir) in (real(args.Checkpoint.parent), real(args.Checkpoint).parent):
         raise InputError(f"--Save_dir {display_path(args.Save_dir)} holds the checkpoint; name another directory")
 
 

@@ -43,4 +43,4 @@ for share in $shares; do
                 "--Retrain_mask $folder/baseline/$seed/0/I_parent_cmi.npy --Save_dir $folder/$criterion/$seed"
         done
     done
-done | tr '\n' '\0' | xargs -0 -P "$jobs" -I {} sh -c '{} || { echo "FAILED: {}"; exit 1; }'
+done | tr '\n' '\0' | xargs -0 -P "$jobs" -n 1 sh -c 'eval "$1" || { echo "FAILED: $1"; exit 1; }' sh

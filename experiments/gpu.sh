@@ -27,7 +27,7 @@ note() { # NAME: what has just failed, unless for want of time
 $1, exit code $code: $(tail -n 1 "$logs/$1.log")"
 }
 at_once() { # runs its input's lines, JOBS at a time
-    tr '\n' '\0' | limited xargs -0 -P "${JOBS:-4}" -I {} sh -c '{} || { echo "FAILED: {}"; exit 1; }'
+    tr '\n' '\0' | limited xargs -0 -P "${JOBS:-4}" -n 1 sh -c 'eval "$1" || { echo "FAILED: $1"; exit 1; }' sh
 }
 runs() { # NETWORK EPOCHS RULES: lines for `at_once`
     for rule in $3; do

@@ -40,7 +40,7 @@ prune() { # NAME FLAGS: one line per network; in the flags, @FAMILY names its sc
 }
 
 run() { # the lines of standard input
-    tr '\n' '\0' | xargs -0 -P "$jobs" -I {} sh -c '{}'
+    tr '\n' '\0' | xargs -0 -P "$jobs" -n 1 sh -c 'eval "$1"' sh
 }
 
 # Experiment 1: fc2 pruned in 250 x 100 groups.

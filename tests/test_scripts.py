@@ -447,8 +447,12 @@ class TestIdentity:
 
     def test_a_link_to_the_folder_of_the_checkpoint(self, base, tmp_path, call):
         (tmp_path / "link").symlink_to(base)
-        said = call(*prune(base, tmp_path / "link", "--Prune_per", "0.9"), code=2)
-        assert "--Save_dir link holds the checkpoint that is pruned; name another directory" in said
+        own = tmp_path / "own" / "0" / "mine.pkl"  # which would be replaced where the new file has its name
+        own.parent.mkdir(parents=True)
+        own.symlink_to(base / "0" / "logits_best.pkl")
+        for folder, more in (("link", []), ("own", ["--Retrain", own])):
+            said = call(*prune(base, tmp_path / folder, "--Prune_per", "0.9"), *more, code=2)
+            assert f"--Save_dir {folder} holds the checkpoint that is pruned; name another directory" in said
 
     @pytest.mark.parametrize("stage", [STAGE1, STAGE2, STAGE3])
     def test_a_checkpoint_of_a_run_at_work(self, base, tmp_path, call, stage):
@@ -654,6 +658,7 @@ def test_help_is_in_groups_and_says_every_default_once(call):
         assert said.index("everyday:") < said.index(second)
         assert said.count("(default: ") >= 8
         assert not re.search(r"\(default: [^)]*\)\s+\(default", said)
+        assert str(ROOT) not in said
 
 
 def best(network, tmp_path, **settings):
@@ -686,11 +691,11 @@ def experiment(repository, name, *words, code=0):
 
 
 @pytest.mark.parametrize(("name", "network"), [*NETWORKS.items(), ("mnist", "fc2"), ("robustness", None)])
-def test_experiments_in_a_folder_with_a_space(tmp_path, name, network):
-    said = experiment(tmp_path / "my files", name, *([network] if network else []))
+def test_experiments_in_a_folder_with_a_space_and_brackets(tmp_path, name, network):
+    said = experiment(tmp_path / "my files (2)", name, *([network] if network else []))
     lines = said.splitlines()
     assert lines
-    assert all(re.search(r"\[--[Dd]ata_dir\]\[/[^]]*/my files/[^]]*data\]", line) for line in lines), said
+    assert all(re.search(r"\[--[Dd]ata_dir\]\[/[^]]*/my files \(2\)/[^]]*data\]", line) for line in lines), said
 
 
 @pytest.mark.parametrize("name", NETWORKS)
