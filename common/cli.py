@@ -459,7 +459,8 @@ def load_given(args: Namespace, network: nn.Module, model: ModuleType) -> None:
     if source is None:
         return
     if source != "torchvision":
-        if artifacts.load_weights(network, source, foreign=True).get("masks"):
+        checkpoint = artifacts.load_weights(network, source, foreign=True)
+        if Mask.of_checkpoint(checkpoint, network).percent_pruned():
             raise InputError(f"{source} is of a pruned network, whose mask stage 1 drops; stage 3 keeps it: --Retrain")
         return
     flag, name = "Weights" if args.Weights else "Init", getattr(model, "PRETRAINED", None)

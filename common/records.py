@@ -152,8 +152,8 @@ def _imports(path: Path, places: list[Path]) -> Iterator[Path]:
             for place, alias in product([path.parents[level - 1]] if level else places, node.names):
                 parts = f"{package}.{alias.name}".strip(".").split(".")
                 for stem in (place.joinpath(*parts[:k]) for k in range(1, len(parts) + 1)):
-                    found = stem.with_suffix(".py"), stem / "__init__.py"
-                    yield from (file for file in found if (level or parts[0] != "common") and file.is_file())
+                    either = stem.with_suffix(".py"), stem / "__init__.py"
+                    yield from (file for file in either if (level or parts[0] != "common") and file.is_file())
 
 
 @cache

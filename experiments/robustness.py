@@ -108,9 +108,7 @@ def main() -> None:
     parser.add_argument("network", metavar="NETWORK", choices=("mlp", "vgg16", "resnet56"))
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--Data_dir", type=Path, default=files.ROOT / "data")
-    parser.add_argument(
-        "--images", type=cli.COUNT, help="so many test images, drawn once for all networks; default: all"
-    )
+    parser.add_argument("--images", type=cli.COUNT, help="test images, drawn once for all networks; default: all")
     parser.add_argument("--eps", type=cli.number(float, 0, above=True), nargs="+", default=EPS)
     args = parser.parse_args()
     model = SimpleNamespace(**runpy.run_path(str(files.ROOT / args.network / "model.py")))

@@ -442,6 +442,11 @@ def test_bad_files_are_one_line_and_code_2(pruned, tmp_path, call, monkeypatch):
         said = call(STAGE4, *EXPORT, "--Checkpoint", tmp_path / name, code=2)
         assert message in said
         assert len([line for line in said.splitlines() if line]) == 1
+    link = tmp_path / "link.pkl"
+    link.symlink_to(pruned)
+    for folder in (tmp_path, pruned.parent):
+        said = call(STAGE4, *EXPORT, "--Checkpoint", link, "--Save_dir", folder, code=2)
+        assert "holds the checkpoint; name another directory" in said
     monkeypatch.setattr(export, "PACKAGES", ("safetensors", "no_such_package"))
     said = call(STAGE4, *EXPORT, "--Checkpoint", pruned, "--Save_dir", tmp_path / "out", code=2)
     assert "stage 4 needs no_such_package: pip install -r requirements-export.txt" in said

@@ -632,11 +632,13 @@ def test_training_starts_from_given_weights(base, tmp_path, call):
 
 @pytest.mark.parametrize("flag", ["--Weights", "--Init"])
 def test_stage_1_does_not_let_pruned_weights_grow_back(base, tmp_path, call, flag):
-    """Its checkpoint has no mask, by which a second round would know them."""
-    call(*prune(base, tmp_path, "--Prune_per", "0.9", "--Epoch", "0"))
+    """Its checkpoint has no mask, by which a second round would know them. A mask that keeps all is no matter."""
+    for share in ("0.9", "0"):
+        call(*prune(base, tmp_path, "--Prune_per", share, "--Epoch", "0"))
     said = call(STAGE1, *TRAIN, flag, tmp_path / "0" / "logits_90.00.pkl", "--Save_dir", tmp_path / "out", code=2)
     assert "logits_90.00.pkl is of a pruned network, whose mask stage 1 drops; stage 3 keeps it: --Retrain" in said
     assert not list((tmp_path / "out").rglob("*.pkl"))
+    call(STAGE1, *TRAIN, flag, tmp_path / "0" / "logits_0.00.pkl", "--Save_dir", tmp_path / "out")
 
 
 def test_no_epochs_leave_the_pruned_network_as_it_is(base, tmp_path, call):
