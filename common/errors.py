@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 
 class Diverged(Exception):
-    """The loss is no longer a finite number; what was good before is kept (exit code 1)."""
+    """A figure of an epoch is no finite number; what was good before is kept (exit code 1)."""
 
 
 def reason(error: Exception) -> str:

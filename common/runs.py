@@ -71,7 +71,8 @@ class Run:
     ) -> Iterator[int]:
         """Yield the epochs that are left, from 1 on or from where a killed run was; the objects go back there.
 
-        `network` is what is kept; `more` by name: what else has a state_dict that the loop changes.
+        `network` is what is kept, and refused if it does not return a number for every class; `more` by name: what else
+        has a state_dict that the loop changes.
         """
         check_outputs(network, self.data.train, self.data.classes)
         self.parts = {"network": network, "optimizer": optimizer, "schedule": schedule, **more}
