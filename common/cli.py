@@ -281,7 +281,7 @@ def _check_layers(model: ModuleType) -> None:
     for child, limit in model.MAX_SPARSITY.items():
         if not isinstance(limit, Real) or not 0 <= limit <= 1:
             wrong.append(("MAX_SPARSITY", f"{child}: {limit}", "shares from 0 to 1"))
-    inner = getattr(model, "INNER", [])
+    inner = getattr(model, "INNER", None) or []
     wrong += [("INNER", key, "layers of MAX_SPARSITY, in a list") for key in inner if key not in model.MAX_SPARSITY]
     for where, what, legal in wrong[:1]:
         raise InputError(f"model.py: {where} holds {what}; legal: {legal}")
