@@ -1,6 +1,6 @@
 #!/bin/sh
 # The reference way to a network's best result, `experiments/best.sh mlp`, `resnet56`, `vgg16` or `resnet50`: the three
-# stages with the flags of the best rule by scores in the history of results/README.md.
+# stages with the flags of the best rule by scores in the tables of results/README.md.
 #   mlp       98.47 ± 0.08 % with 96.2 % of fc2 pruned (n = 5); some four minutes of one core
 #   resnet56  88.57 % with 50 % of the masked layers pruned and nothing retrained, from the committed dense network of
 #             90.03 % for JPEG-coded CIFAR-10; some six minutes of one core

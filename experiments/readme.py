@@ -66,9 +66,7 @@ COMMITTED = {  # networks below results/ that come with a clone: what makes them
     "robustness/baseline/0/logits_best.pkl": ("`experiments/mnist.sh robustness`", OWN),
     "robustness/correlated_even/0/0/logits_96.20.pkl": ("`experiments/mnist.sh robustness`", OWN),
     "robustness/correlated_even/0/0/logits_99.60.pkl": ("`experiments/mnist.sh robustness`", OWN),
-    "cifar10_jpeg/resnet56/baseline/0/0/logits_best.pkl": (TRAINED, BEGUN),
-    "cifar10_jpeg/resnet56/baseline/1/0/logits_best.pkl": (TRAINED, BEGUN),
-    "cifar10_jpeg/resnet56/baseline/2/0/logits_best.pkl": (TRAINED, BEGUN),
+    **{f"cifar10_jpeg/resnet56/baseline/{k}/0/logits_best.pkl": (TRAINED, BEGUN) for k in range(5)},
     "cifar10_before/positions/0_0/0/logits_70.00.pkl": ("`experiments/rules.sh resnet56`", BEGUN),
 }
 BY_MACHINE = {"cores": "all that there are", "Workers": "as many as cores, at most 8"}  # defaults of flags
@@ -175,20 +173,24 @@ def history() -> str:
 
 
 def by_recipe(experiment: str) -> list[tuple]:
-    """An experiment's pruned runs by share, rule and recipe: (date of the last one, mean error, rule, records).
+    """An experiment's pruned runs by share, rule and recipe, at the end of every day: (day, mean error, rule, records).
 
-    Rules that ran on fewer than half as many networks as another at that share are left out.
+    Rules that by then had run on fewer than half as many networks as another at that share are left out.
     """
-    found = defaultdict(list)
+    found, days = defaultdict(list), defaultdict(list)
     for record in of_stage(finished(experiment), 3):
         recipe = (record["arguments"].get(flag) for flag in ("Epoch", "Weight_decay", "Dropout"))
         if rule(record) != DENSE:
             found[record["requested_percent"], rule(record), *recipe].append(record)
-    most = {share: max(len(runs) for (at, *_), runs in found.items() if at == share) for share, *_ in found}
+    for (share, name, *_), runs in found.items():
+        for day in {run["date"] for run in runs}:
+            days[share, day].append((name, [run for run in runs if run["date"] <= day]))
+    most = {at: max(len(runs) for _, runs in ran) for at, ran in days.items()}
     return [
-        (max(r["date"] for r in runs), 100 - np.mean(accuracies(runs)), name, runs)
-        for (share, name, *_), runs in found.items()
-        if 2 * len(runs) >= most[share]
+        (day, 100 - np.mean(accuracies(runs)), name, runs)
+        for (share, day), ran in days.items()
+        for name, runs in ran
+        if 2 * len(runs) >= most[share, day]
     ]
 
 
