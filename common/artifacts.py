@@ -133,8 +133,7 @@ def load_weights(network: torch.nn.Module, path: Path, *, foreign: bool = False)
 
     `foreign`: also another program's, whose names may all have a prefix.
     """
-    known = records.found(path)
-    status = records.read(known).get("status") if known.is_file() else "complete"
+    status = records.of(path).get("status")
     if status in UNFINISHED:
         raise InputError(f"{path} is of a run that {UNFINISHED[status]}; run the command that makes it again")
     checkpoint = load_checkpoint(path, foreign=foreign)

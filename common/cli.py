@@ -517,15 +517,13 @@ def start_export(args: Namespace) -> Iterator[Callable[[dict[str, bytes], dict],
 
 def about(args: Namespace) -> dict[str, str]:
     """What exported weights say of themselves: the architecture and the record of the run that made them."""
-    known = records.found(args.Checkpoint)
-    record = {k: v for k, v in (records.read(known) if known.is_file() else {}).items() if k != "epochs"}
+    record = {k: v for k, v in records.of(args.Checkpoint).items() if k != "epochs"}
     return {"format": "pt", "architecture": args.Model, "record": json.dumps(record)}
 
 
 def _note_other_code(args: Namespace, checkpoint: Path) -> None:
     """Say if code that both share, such as model.py, is not what it was when the checkpoint was made."""
-    known, now = records.found(checkpoint), args.code["code"]
-    made = records.read(known).get("code", {}) if known.is_file() else {}
+    made, now = records.of(checkpoint).get("code", {}), args.code["code"]
     other = ", ".join(sorted(file for file in made.keys() & now.keys() if made[file] != now[file]))
     if other and parallel.rank() == 0:
         print(f"{checkpoint} was made with other code in {other}; its weights are taken as they are")

@@ -40,6 +40,11 @@ def found(path: Path) -> Path:
     return beside if beside.is_file() else record_path(files.real(path))
 
 
+def of(path: Path) -> dict:
+    """What the record of a file that is read says; nothing of a file without one."""
+    return read(found(path)) if found(path).is_file() else {}
+
+
 def write(path: Path, content: dict) -> None:
     """Write a record; its last entry is the SHA-256 of the rest."""
     files.write_bytes(path, sealed(content))

@@ -169,7 +169,7 @@ def load(paths: list[Path], expected: Blocks, remedy: str, checkpoint: dict) -> 
     """
     known = records.found(paths[0])
     scores, parent_groups, child_groups = (artifacts.load_array(path, known, remedy) for path in paths)
-    record = records.read(known) if known.is_file() else {}
+    record = records.of(paths[0])
     made_of = record.get("inputs", {})
     if made_of and not set(made_of.values()) & set(checkpoint.values()):
         raise InputError(f"{paths[0]} was made of another checkpoint than {next(iter(checkpoint))}; {remedy}")

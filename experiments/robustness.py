@@ -77,7 +77,7 @@ def data_of(name: str, val_size: int, folder: Path) -> Data:
 
 def study(model, path: Path, args: argparse.Namespace) -> None:
     """Attack the network of one checkpoint and write the record."""
-    known = records.read(records.found(path)) if records.found(path).is_file() else {}
+    known = records.of(path)
     if known.get("status") != "complete":
         raise InputError(f"{path}: no checkpoint of a finished run")
     network = model.build(known["arguments"]["Dims"])
