@@ -1,9 +1,9 @@
 #!/bin/sh
 # Rules against each other on one of the convolutional networks, `experiments/rules.sh resnet56`, `vgg16` or `resnet50`:
 # dense networks x samplings of images x rules x pruned shares, each masked, with batch norm recalibrated, and refitted,
-# and then retrained for EPOCHS (0: not at all). The dense networks: results/README.md. Finished runs are skipped and
-# killed ones go on, so the script can be stopped and started again; `make collect tables` fills the tables. SHARES=none:
-# scores only.
+# and then retrained for EPOCHS (0: not at all) at a learning rate that falls from RATE (0.05). The dense networks:
+# results/README.md. Finished runs are skipped and killed ones go on, so the script can be stopped and started again;
+# `make collect tables` fills the tables. SHARES=none: scores only.
 set -eu
 network=${1:-} legal="resnet56 vgg16 resnet50"
 case " $legal " in *" $network "*) ;; *) echo "rules.sh: '$network': legal: $legal" >&2 && exit 2 ;; esac
@@ -26,8 +26,9 @@ esac
 if [ "$epochs" = 0 ]; then
     folder=${folder}_before rules="positions magnitude taylor random means paper" recipe=
 else # beside the dense network, retrained alike
-    folder=${folder}_retrained/$epochs rules="dense positions magnitude random paper"
-    recipe="--Schedule one-cycle --Warm_up 0.1 --Lr 0.05 --Weight_decay 5e-4"
+    rules="dense positions magnitude random paper"
+    if [ -n "${RATE:-}" ]; then folder=${folder}_rates/$RATE; else folder=${folder}_retrained/$epochs; fi
+    recipe="--Schedule one-cycle --Warm_up 0.1 --Lr ${RATE:-0.05} --Weight_decay 5e-4"
     [ "$network" = resnet50 ] || shares="0.5241 0.75 0.83" tight= of=--Prune_of_network
     [ "$network" = vgg16 ] && shares="0.8346 0.95"
 fi
