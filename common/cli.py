@@ -174,6 +174,7 @@ RECIPE = {
     "Gamma": _flag("13", POSITIVE, "factor of the learning rate at the milestones"),
     "Warm_up": _flag("13", SHARE, "one-cycle: share of the epochs in which the learning rate rises", 0.3),
     "Label_smoothing": _flag("13", number(float, 0, 0.99), "share of every label that is spread over all classes", 0.0),
+    "Distillation": _flag("3", SHARE, "share of the loss: how far the answers are from those of RETRAIN (Hinton)", 0.0),
     "Dropout": _flag("13", number(float, 0, 0.99), "rate of all dropout layers (default: model.py's)"),
     "Weights": _flag("1", weights_source, "do not train: evaluate and write this file's weights, or 'torchvision'"),
     "Init": _flag("1", weights_source, "start from the weights of this file, or 'torchvision'"),
@@ -205,7 +206,7 @@ FLAGS = {name: flag for group in HELP.values() for name, flag in group.items()}
 # Not recorded: what makes no difference to the result; what is younger than the first records and as it was then.
 UNRECORDED = {"stage", "code", "cores", "Expt_rerun", "Device_ids", "device_ids", "Data_dir", "data_dir", "Workers"}
 UNRECORDED |= {"Resume", "key_ids", "scheduler"}
-AS_EVER = {"Granularity": "block", "granularity": "block", "Prune_of": "weights"}
+AS_EVER = {"Granularity": "block", "granularity": "block", "Prune_of": "weights", "Distillation": 0.0}
 AS_EVER |= {"Schedule": "steps", "Warm_up": 0.3, "Label_smoothing": 0.0, "sampling": "means", "positions": None}
 
 

@@ -61,6 +61,8 @@ def train_epoch(
     schedule: LRScheduler,
     batches: Iterable[tuple[Tensor, Tensor, int]],
     loss: Callable[[Tensor, Tensor], Tensor],
+    teacher: nn.Module | None = None,
+    taught: float = 0.0,
     *,
     amp: bool = False,
 ) -> Metrics:
@@ -71,6 +73,7 @@ def train_epoch(
     network : as `parallel.wrap` returns it
     batches : of images, labels and the number of images over all processes, see `Split.shuffled`
     loss : of (logits, labels), summed over the images
+    teacher, taught : another network, and the share of the loss that is the `distillation` of its answers
     amp : forward and backward passes in bfloat16 where that is safe (torch.autocast)
 
     Returns
@@ -85,9 +88,13 @@ def train_epoch(
     for images, labels, rows in tqdm(batches, unit="batch", leave=False, disable=quiet):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):  # a graph forbids a cache
             logits = network(images)
+            with torch.no_grad():
+                answers = teacher.eval()(images) if taught else None
         if not isinstance(logits, Tensor):
             raise InputError(f"in training the network returns a {type(logits).__name__}; legal: a tensor")
-        batch_loss = loss(logits.float(), labels)
+        batch_loss = (1 - taught) * loss(logits.float(), labels)
+        if taught:
+            batch_loss = batch_loss + taught * distillation(logits.float(), answers.float())
         optimizer.zero_grad(set_to_none=True)
         (batch_loss * (parallel.size() / rows)).backward()  # averaged over processes, this is the mean over the batch
         optimizer.step()
@@ -98,6 +105,15 @@ def train_epoch(
     parallel.broadcast_buffers(network)
     loss_sum, correct = parallel.total(loss_sum, correct)
     return Metrics(100 * correct / max(images_seen, 1), loss_sum / max(images_seen, 1))
+
+
+def distillation(logits: Tensor, answers: Tensor) -> Tensor:
+    """How far a network is from its teacher, both (n, classes): 16 KL divergences, in nats, of their probabilities.
+
+    At temperature 4, whose square makes up for the smaller gradients; summed over the images (Hinton et al., 2015).
+    """
+    given, taught = (F.log_softmax(values / 4, 1) for values in (logits, answers))
+    return 16 * F.kl_div(given, taught, reduction="sum", log_target=True)
 
 
 def _check_sum(loss: Callable) -> None:

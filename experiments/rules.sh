@@ -1,9 +1,10 @@
 #!/bin/sh
 # Rules against each other on one of the convolutional networks, `experiments/rules.sh resnet56`, `vgg16` or `resnet50`:
 # dense networks x samplings of images x rules x pruned shares, each masked, with batch norm recalibrated, and refitted,
-# and then retrained for EPOCHS (0: not at all) at a learning rate that falls from RATE (0.05). The dense networks:
-# results/README.md. Finished runs are skipped and killed ones go on, so the script can be stopped and started again;
-# `make collect tables` fills the tables. SHARES=none: scores only.
+# and then retrained for EPOCHS (0: not at all) at a learning rate that falls from RATE (0.05), or by the dense network's
+# answers too (DISTILLATION, a share of the loss). The dense networks: results/README.md. Finished runs are skipped and
+# killed ones go on, so the script can be stopped and started again; `make collect tables` fills the tables.
+# SHARES=none: scores only.
 set -eu
 network=${1:-} legal="resnet56 vgg16 resnet50"
 case " $legal " in *" $network "*) ;; *) echo "rules.sh: '$network': legal: $legal" >&2 && exit 2 ;; esac
@@ -27,8 +28,14 @@ if [ "$epochs" = 0 ]; then
     folder=${folder}_before rules="positions magnitude taylor random means paper" recipe=
 else # beside the dense network, retrained alike
     rules="dense positions magnitude random paper"
-    if [ -n "${RATE:-}" ]; then folder=${folder}_rates/$RATE; else folder=${folder}_retrained/$epochs; fi
     recipe="--Schedule one-cycle --Warm_up 0.1 --Lr ${RATE:-0.05} --Weight_decay 5e-4"
+    if [ -n "${DISTILLATION:-}" ]; then
+        folder=${folder}_distilled/$epochs recipe="$recipe --Distillation $DISTILLATION"
+    elif [ -n "${RATE:-}" ]; then
+        folder=${folder}_rates/$RATE
+    else
+        folder=${folder}_retrained/$epochs
+    fi
     [ "$network" = resnet50 ] || shares="0.5241 0.75 0.83" tight= of=--Prune_of_network
     [ "$network" = vgg16 ] && shares="0.8346 0.95"
 fi

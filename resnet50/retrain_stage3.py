@@ -44,7 +44,7 @@ def retrain(args, images, run, dense, mask, sample):
     trained = parallel.wrap(network, compile=args.Compile)  # has the same weights
     for epoch in run.epochs(args.Epoch, network, optimizer, schedule):  # from where a killed run was
         batches = images.train.shuffled(args.Batch_size, run.seed_of(epoch), model.augment())
-        metrics = train_epoch(trained, optimizer, schedule, batches, loss, amp=args.Amp)
+        metrics = train_epoch(trained, optimizer, schedule, batches, loss, dense, args.Distillation, amp=args.Amp)
         run.log(metrics, evaluate(network, images.selection))  # prints a row; keeps the best epoch
         if epoch == 1:
             run.remember("test_after_1_epoch", network)

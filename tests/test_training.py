@@ -62,6 +62,24 @@ def test_figures_of_an_epoch_are_of_every_image_as_it_was_trained_on(split):
         assert metrics.accuracy == pytest.approx(100 * (logits.argmax(1) == split.labels).float().mean().item())
 
 
+def test_distillation_is_a_share_of_the_loss(split):
+    """With a rate of 0, against the definition: T^2 sum p log(p / q) of the softened answers, T = 4."""
+    net, teacher = network().train(), network(1).train()
+    net[3].p = 0.0
+    teacher[4].weight.data *= 50  # one that is sure of its answers
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    schedule = make_schedule(optimizer, "cosine", 1, 5, [], 1, 0)
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    logits = net(split.images.float() / 255).detach().double()
+    p, q = ((values / 4).softmax(1) for values in (teacher.eval()(split.images.float() / 255).double(), logits))
+    divergence, entropy = 16 * (p * (p / q).log()).sum() / 100, nn.functional.cross_entropy(logits, split.labels)
+    for taught in (0.0, 0.3, 1.0):
+        batches = split.shuffled(20, 0)
+        metrics = train_epoch(net, optimizer, schedule, batches, loss, teacher.train(), taught)
+        assert metrics.loss == pytest.approx(((1 - taught) * entropy + taught * divergence).item(), rel=1e-5)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
 LOSSES = {
     "module": (nn.CrossEntropyLoss(), "the loss has the reduction 'mean'; legal: 'sum'"),
     "function": (nn.functional.cross_entropy, "the loss has the reduction 'mean'"),
