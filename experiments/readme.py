@@ -56,6 +56,7 @@ COMMANDS = {  # that make the records
     "cifar10_vgg16_before": "experiments/rules.sh vgg16",
     "cifar10_resnet56": "experiments/cifar10.sh resnet56",
     "cifar10_retrained": "EPOCHS={} experiments/rules.sh resnet56",
+    "cifar10_distilled": "DISTILLATION=0.9 EPOCHS={} experiments/rules.sh resnet56",
     "cifar10_before": "experiments/rules.sh resnet56",
     "imagenet_before": "experiments/rules.sh resnet50",
 }
@@ -160,6 +161,7 @@ def history() -> str:
         layers, of = arguments["children_key"], "all" if arguments.get("Prune_of_network") else "these layers"
         layers = layers[0].removesuffix(".weight") if len(layers) == 1 else f"{len(layers)} layers"
         epochs = f"{arguments['Epoch']} epochs" if arguments["Epoch"] else "not retrained"
+        epochs += ", distilled" * bool(arguments.get("Distillation"))
         key = f"{arguments['Model']}, {layers}", last["requested_percent"], of, not arguments["Epoch"]
         if error < best.get(key, 100):
             best[key] = error
