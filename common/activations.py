@@ -115,6 +115,8 @@ def output_positions(network: nn.Module, split: Split | FileSplit) -> dict[str, 
 @torch.no_grad()
 def _try(network: nn.Module, keys: list[str], split: Split | FileSplit) -> tuple[list, Tensor, int]:
     """Run the network on two images: (key, input's shape) of every layer that ran, the outputs, number of images."""
+    if split is None:
+        raise InputError("no images are drawn for this network with `no-refit`; add `refit`, or draw your own")
     ran, (images, _) = [], next(iter(split[torch.arange(min(len(split), FIRST_IMAGES))].batches(2 * parallel.size())))
     network.eval()
     with forward_hooks(network, keys, lambda key, read, _: ran.append((key, getattr(read, "shape", None)))):

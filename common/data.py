@@ -290,6 +290,8 @@ def load(
         If files are missing or damaged, a class is unknown, or `val_size` leaves too few images of some class.
     """
     source = DATASETS[name](Path(folder).absolute(), name, skip)
+    if not isinstance(source, Source):
+        raise InputError(f"`dataset` {name}: its function returns a {type(source).__name__}; legal: a Source")
     digest = source.fingerprint or _fingerprint(source)
     parts = [_only(part, source.classes, classes) for part in (source.train, source.test)]
     (images, labels), (_, tested) = parts

@@ -35,7 +35,7 @@ FLATTEN, JOIN, NORM = {"flatten", "view", "reshape"}, {"add", "sub", "mul"}, "ba
 # operations that make channel k of channel k of what they read; those of the second line under the same names in place
 APART = {NORM, "mean", "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d"} | JOIN | FLATTEN
 APART |= {"adaptive_avg_pool2d", "dropout", "clone", "contiguous", "relu", "hardtanh", "leaky_relu", "elu", "selu"}
-APART |= {"celu", "gelu", "silu", "mish", "sigmoid", "tanh", "softplus", "hardswish", "hardsigmoid"}
+APART |= {"relu6", "celu", "gelu", "silu", "mish", "sigmoid", "tanh", "softplus", "hardswish", "hardsigmoid"}
 ROUNDING = 1e-5  # largest difference of outputs, as a share of the largest output
 NOTHING = "no channel is removed: all others are read by some weight and depend on the images"
 warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's, of itself
@@ -304,7 +304,10 @@ def onnx_runner(content: bytes, threads: int = 1) -> Callable[[Tensor], Tensor]:
     options = SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others are measured in turn
-    session = InferenceSession(content, options, ["CPUExecutionProvider"])
+    try:
+        session = InferenceSession(content, options, ["CPUExecutionProvider"])
+    except Exception as error:  # a RuntimeError for each of its own errors, and of other kinds
+        raise InputError(f"onnxruntime cannot run the network ({reason(error)})") from error
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 

@@ -179,7 +179,7 @@ def select_blocks(
     One boolean (H, G) array per layer, True where a block is kept.
     """
     sizes, within = [block.cost for block in blocks.values()], within or {}
-    ranks = {key: np.asarray(values) for key, values in ranks.items()}
+    ranks = {k: np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v) for k, v in ranks.items()}
     for key, block in blocks.items():
         if (shape := ranks[key].shape if key in ranks else "absent") != block.weights.shape:
             raise InputError(f"ranks of {key}: {shape}; legal: one value for every block, {block.weights.shape}")
@@ -301,7 +301,9 @@ class Mask(dict):
         """The mask of a network of which these blocks (H, G) are kept, and no weight that `within`, if given, drops."""
         mask = cls({key: earlier.to(network.get_parameter(key).device) for key, earlier in (within or {}).items()})
         for key, choice in kept.items():
-            weight = network.get_parameter(key)
+            weight, choice = network.get_parameter(key), np.asarray(choice)
+            if choice.shape != (shape := blocks[key].weights.shape) or choice.dtype != bool:
+                raise InputError(f"kept blocks of {key}: {choice.shape} of {choice.dtype}; legal: {shape} of bool")
             whole = torch.from_numpy(blocks[key].expand(choice)).to(weight.device)
             whole = whole.reshape(whole.shape + (1,) * (weight.ndim - 2)).expand_as(weight)
             mask[key] = whole & mask[key] if key in mask else whole.contiguous()

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, asdict, dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -56,6 +57,7 @@ class Run:
     def __post_init__(self) -> None:
         more = {"seed": self.seed, "epoch_chosen_by": self.select, "processes": parallel.size()}
         self.record = {**self.record, **more, **records.environment(self.data.device)}
+        self.mask = copy.deepcopy(self.mask)  # the file is named by it: what the script does with its own is no matter
         self.state_file = self.best.with_suffix(".state")
         self.finished = records.is_complete(self.best, self.record, self.remedy, describe)
         self.lines, self.kept, self.kept_state, self.highest = [], {"epoch": 0}, None, 0.0
@@ -77,6 +79,7 @@ class Run:
         check_outputs(network, self.data.train, self.data.classes)
         self.parts = {"network": network, "optimizer": optimizer, "schedule": schedule, **more}
         self._restore()
+        self._weights()  # refuses what cannot be kept
         if count == 0:
             self._keep({"epoch": 0})
         elif parallel.rank() == 0:
@@ -88,7 +91,7 @@ class Run:
             torch.manual_seed(self.seed_of(epoch) + parallel.rank())
             yield epoch
             if len(self.lines) != epoch:
-                raise RuntimeError("every epoch is logged once: call run.log(...) in the loop")
+                raise InputError("every epoch is logged once: call run.log(...) in the loop")
             self._save_state()
 
     def log(self, trained: Metrics, selected: Metrics | None = None, **more: float) -> None:
@@ -104,7 +107,9 @@ class Run:
         if taken := {*line, "seconds"} & more.keys():
             raise InputError(f"run.log: every row has {', '.join(sorted(taken))} already; name yours otherwise")
         line |= {**more, "seconds": round(time.perf_counter() - self.began, 3)}
-        line = {name: value.item() if hasattr(value, "item") else value for name, value in line.items()}
+        line = {name: value.squeeze().tolist() if hasattr(value, "squeeze") else value for name, value in line.items()}
+        if wrong := [name for name, value in line.items() if not isinstance(value, Real)]:
+            raise InputError(f"run.log: {wrong[0]} is {line[wrong[0]]!r}; legal: a number")
         if wrong := [name for name, value in line.items() if not math.isfinite(value)]:
             self._diverge(", ".join(wrong))
         self.lines.append(line)
@@ -122,7 +127,9 @@ class Run:
 
     def remember(self, moment: str, network: nn.Module) -> None:
         """Keep the weights as they are now; the record gets their test accuracy under that name, test_..."""
-        self.moments[moment] = copy.deepcopy(network.state_dict())
+        if not moment.startswith("test_"):  # records have other entries
+            raise InputError(f"run.remember: {moment!r} is no name for a moment; legal: 'test_' and more")
+        self.moments[moment] = _state(network)
 
     def finish(self, network: nn.Module, test: Split | FileSplit, *, last: str | None = None) -> dict:
         """Read the test set, once; write the kept epoch's checkpoint and the record, and say what came out.
@@ -154,9 +161,18 @@ class Run:
         return artifacts.checkpoint_bytes({"state_dict": state, "epoch": epoch, **trained_on(self.data), **extra})
 
     def _keep(self, figures: dict, *, write: bool = True) -> None:
-        self.kept, self.kept_state = figures, copy.deepcopy(self.parts["network"].state_dict())
+        self.kept, self.kept_state = figures, self._weights()
         if write:
             self._write("running")
+
+    def _weights(self) -> dict:
+        """A copy of what is kept, the network's weights; refuses pruned ones that are not 0."""
+        state = _state(self.parts["network"])
+        for key, kept in (self.mask or {}).items():
+            if state[key][~kept].any():
+                hint = "call mask.apply first, mask.hold after all else that changes or reads them"
+                raise InputError(f"{key}: pruned weights are not 0 after epoch {len(self.lines)}; {hint}")
+        return state
 
     def _write(self, status: str, **measured) -> dict:
         seconds = round(time.perf_counter() - self.start, 1)
@@ -198,6 +214,14 @@ class Run:
         state |= {"moments": self.moments, "seconds": began - self.start, "record": self.record, "format": 2}
         artifacts.save_state(self.state_file, state)
         self.next_save = time.perf_counter() + 20 * (time.perf_counter() - began)
+
+
+def _state(network: nn.Module) -> dict:
+    """A copy of the network's weights, by their plain names; a wrapper's names are others."""
+    inner = next(iter(network._modules), "")
+    if inner in ("module", "_orig_mod", "network") and type(network).__module__.startswith(("torch.", "common.")):
+        raise InputError(f"the network is in a {type(network).__name__}; give the run what is in it, its .{inner}")
+    return copy.deepcopy(network.state_dict())
 
 
 def _measure(network: nn.Module, test: Split | FileSplit) -> dict:

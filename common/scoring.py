@@ -35,7 +35,9 @@ class LayerPair:
 
     def save(self, estimate: "Estimator", scores: np.ndarray, figures: dict, arrays: dict[str, np.ndarray]) -> None:
         """Write scores (H, G), labels, record and what `uncertainty` found; print what the scores are like."""
-        blocks, (path, *_) = estimate.blocks, self.paths
+        blocks, (path, *_), scores = estimate.blocks, self.paths, np.asarray(scores, np.float64)
+        if scores.shape != (shape := blocks.weights.shape) or not np.isfinite(scores).all():
+            raise InputError(f"{path.stem}: {scores.shape} or not finite; legal: a number for every block, {shape}")
         contents = dict(zip(self.paths, (scores, blocks.parent_groups, blocks.child_groups), strict=True))
         contents |= {artifacts.sibling(path, kind): array for kind, array in arrays.items()}
         measured = {"shape": list(scores.shape), "mean": float(scores.mean()), "std": float(scores.std())}

@@ -71,7 +71,8 @@ def train_epoch(
     Parameters
     ----------
     network : as `parallel.wrap` returns it
-    batches : of images, labels and the number of images over all processes, see `Split.shuffled`
+    batches : of images, labels and the number of images over all processes, see `Split.shuffled`; labels may also be
+        shares of the classes, or a tuple whose first they are
     loss : of (logits, labels), summed over the images
     teacher, taught : another network, and the share of the loss that is the `distillation` of its answers
     amp : forward and backward passes in bfloat16 where that is safe (torch.autocast)
@@ -80,7 +81,7 @@ def train_epoch(
     -------
     Metrics of every image as it was when it was trained on.
     """
-    _check_sum(loss)
+    _check_recipe(loss, optimizer, schedule)
     network.train()
     device = next(network.parameters()).device
     images_seen, loss_sum, correct = 0, torch.zeros((), device=device), torch.zeros((), device=device)
@@ -93,6 +94,8 @@ def train_epoch(
         if not isinstance(logits, Tensor):
             raise InputError(f"in training the network returns a {type(logits).__name__}; legal: a tensor")
         batch_loss = (1 - taught) * loss(logits.float(), labels)
+        if batch_loss.ndim:
+            raise InputError(f"the loss returns {tuple(batch_loss.shape)}; legal: one number, summed over the images")
         if taught:
             batch_loss = batch_loss + taught * distillation(logits.float(), answers.float())
         optimizer.zero_grad(set_to_none=True)
@@ -101,7 +104,8 @@ def train_epoch(
         schedule.step()
         images_seen += rows
         loss_sum = loss_sum + batch_loss.detach()
-        correct = correct + (logits.detach().argmax(1) == labels).sum()
+        right = labels[0] if isinstance(labels, tuple) else labels
+        correct = correct + (logits.detach().argmax(1) == (right.argmax(1) if right.ndim > 1 else right)).sum()
     parallel.broadcast_buffers(network)
     loss_sum, correct = parallel.total(loss_sum, correct)
     return Metrics(100 * correct / max(images_seen, 1), loss_sum / max(images_seen, 1))
@@ -116,13 +120,18 @@ def distillation(logits: Tensor, answers: Tensor) -> Tensor:
     return 16 * F.kl_div(given, taught, reduction="sum", log_target=True)
 
 
-def _check_sum(loss: Callable) -> None:
-    """Refuse a loss of torch's that is a mean: the steps would be smaller by the size of a batch."""
+def _check_recipe(loss: Callable, *stepping: Optimizer | LRScheduler) -> None:
+    """Refuse a loss of torch's that is a mean, by which steps would shrink with a batch, and steps with arguments."""
     reduction = getattr(loss, "reduction", "sum")
     with contextlib.suppress(KeyError, TypeError, ValueError):  # of functions without it, or without a signature
         reduction = inspect.signature(loss).parameters["reduction"].default
     if reduction != "sum":
         raise InputError(f"the loss has the reduction {reduction!r}; legal: 'sum', over the images")
+    for part in stepping:
+        try:
+            inspect.signature(type(part).step).bind(part)  # of the class: a schedule wraps its optimizer's
+        except TypeError as error:
+            raise InputError(f"the step of {type(part).__name__}: {error}; legal: one without arguments") from error
 
 
 def make_optimizer(name: str, parameters, lr: float, weight_decay: float, nesterov: bool) -> Optimizer:

@@ -14,7 +14,7 @@ from common.cmi import ESTIMATORS, cmi, inputs, kde, layer_cmi
 from common.cmi.inputs import check_samples, standardise
 from common.errors import InputError
 from common.masks import Blocks
-from common.scoring import Estimator
+from common.scoring import Estimator, LayerPair
 
 SMOOTH = ("kde", "knn", "gaussian")
 
@@ -350,3 +350,11 @@ def test_more_images_are_advised_only_where_they_are_few(rng, rows, options, adv
     with pytest.raises(InputError) as error:
         estimate(rng.normal(size=(rows, 2)), rng.normal(size=(rows, 3)))
     assert ("try more `samples_per_class`" in str(error.value)) == advice
+
+
+@pytest.mark.parametrize("scores", [np.ones((3, 2)), np.full((2, 3), np.nan), np.ones(6)])
+def test_an_estimate_of_one_s_own_is_a_number_for_every_block(tmp_path, scores):
+    pair = LayerPair("b.weight", Blocks([0, 1], [0, 1, 2]), tuple(tmp_path / f"{k}.npy" for k in range(3)), {})
+    with pytest.raises(InputError, match=r"0: .* or not finite; legal: a number for every block, \(2, 3\)"):
+        pair.save(pair.estimator(pair.blocks), scores, {}, {})
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from PIL import Image
 
 from common import parallel, records
 from common.data import IMAGENET, Split, crop_and_flip, load, sample_per_class, shift_and_mirror
-from common.datasets import Source, torchvision
+from common.datasets import DATASETS, Source, torchvision
 from common.errors import InputError
 
 CPU = torch.device("cpu")
@@ -168,6 +168,12 @@ def test_data_sets_of_another_form_are_refused(what):
     images, labels, message = SOURCES[what]
     with pytest.raises(InputError, match=message):
         Source((GREY, LABELS), (images, labels), ["a", "b", "c"])
+
+
+def test_what_a_data_set_s_function_returns_is_named(monkeypatch):
+    monkeypatch.setitem(DATASETS, "PAIRS", lambda folder, name, skip: (GREY, LABELS))
+    with pytest.raises(InputError, match="`dataset` PAIRS: its function returns a tuple; legal: a Source"):
+        load("PAIRS", ".", val_size=0, device=torch.device("cpu"))
 
 
 def test_augmentation_is_drawn_uniformly():

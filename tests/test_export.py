@@ -182,6 +182,30 @@ def test_flattened_maps_of_other_sizes_lose_what_both_can_spare():
     assert weights["last.weight"].shape[1] == 18
 
 
+@pytest.mark.parametrize("change", [nn.functional.relu6, nn.functional.hardtanh, nn.functional.silu])
+def test_channels_go_through_activations(change):
+    network = Between(nn.Conv2d(1, 4, 1), change, nn.Conv2d(4, 3, 1))
+    with torch.no_grad():
+        network.second.weight[:, 1] = 0
+    assert len(shrunk(network, torch.randn(4, 1, 3, 3))[0]["first.weight"]) == 3
+
+
+class Doubled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 2).double()
+
+    def forward(self, images):
+        return self.conv(images.double()).mean((2, 3))
+
+
+def test_what_onnxruntime_cannot_run_is_one_line():
+    network, images = Doubled().eval(), torch.randn(4, 1, 3, 3)
+    files = export.files(network, export.trace(network, images), {"format": "pt"})
+    with pytest.raises(InputError, match=r"onnxruntime cannot run the network .*Could not find an implementation"):
+        export.check(files, network, images)
+
+
 def test_a_network_is_traced_in_evaluation_mode_and_from_one_image():
     network, image = nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.BatchNorm1d(8)).train(), torch.randn(1, 6)
     found = export.trace(network, image).module()(image)

@@ -75,6 +75,14 @@ def test_blocks_count_groups_as_scores_do(net, rng):
         torch.testing.assert_close(other, found[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kept", [np.ones((10, 6), bool), np.ones((3, 2)), np.ones(3, bool)])
+def test_what_is_kept_is_a_truth_value_for_every_block(net, kept):
+    """Of a larger array a corner would count, of numbers other than 0 and 1 anything."""
+    blocks = masks.contiguous_blocks(net, "conv.weight", 2, 3)
+    with pytest.raises(InputError, match=r"kept blocks of conv.weight: .*; legal: \(3, 2\) of bool"):
+        masks.Mask.of_blocks({"conv.weight": kept}, {"conv.weight": blocks}, net)
+
+
 def random_layers(rng, ties=False):
     shapes = [(5, 7), (30, 20), (1, 9)]
     scores = [rng.integers(0, 3, s).astype(float) if ties else rng.normal(size=s) for s in shapes]

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -261,7 +262,7 @@ def test_no_epochs_write_the_network_as_it_is(tmp_path, data):
 
 
 def test_an_epoch_that_is_not_logged_is_a_mistake(tmp_path, data):
-    with pytest.raises(RuntimeError, match=r"call run.log\(...\) in the loop"), begin(tmp_path, data) as run:
+    with pytest.raises(InputError, match=r"call run.log\(...\) in the loop"), begin(tmp_path, data) as run:
         list(run.epochs(2, *parts()))
 
 
@@ -345,6 +346,54 @@ def test_a_mask_is_in_the_checkpoint_and_its_weights_are_zero(tmp_path, data):
     assert torch.equal(saved["masks"]["0.weight"], mask["0.weight"])
     assert (saved["state_dict"]["0.weight"][2:] == 0).all()
     assert record["pruned_percent_masked_layers"] == 50
+
+
+def test_pruned_weights_that_come_back_are_no_result(tmp_path, data):
+    """An average sees them before the mask is held, where its hook comes first."""
+    mask = Mask({"1.weight": torch.zeros(2, 16, dtype=torch.bool)})
+    network, optimizer, schedule = parts()
+    with begin(tmp_path, data, mask=mask) as run:
+        with pytest.raises(InputError, match="pruned weights are not 0 after epoch 0"):
+            next(run.epochs(1, network, optimizer, schedule))
+        mask.apply(network)
+        next(run.epochs(1, network, optimizer, schedule))
+        network[1].weight.data[1, 15] = 1e-9
+        with pytest.raises(InputError, match=r"^1.weight: pruned weights are not 0 after epoch 1; call mask.apply"):
+            run.log(Metrics(50.0, 1.0), Metrics(50.0, 1.0))
+    assert not list(tmp_path.glob("*.pkl"))
+
+
+WRAPPERS = {  # what is around a network has other names in the state_dict
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "OptimizedModule": partial(torch.compile, backend="eager"),
+    "Graphed": parallel.Graphed,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_network_in_a_wrapper_is_refused_before_training(tmp_path, data, name):
+    network, *others = parts()
+    wrapped = WRAPPERS[name](network)
+    if name == "Graphed":  # no capture without a GPU
+        wrapped.forward = network.forward
+    with begin(tmp_path, data) as run:
+        for call in (lambda: next(run.epochs(1, wrapped, *others)), lambda: run.remember("test_it", wrapped)):
+            with pytest.raises(InputError, match=f"the network is in a {name}; give the run what is in it"):
+                call()
+
+
+@pytest.mark.parametrize("value", ["text", None, torch.ones(2), [1.0]])
+def test_a_further_figure_is_a_number(tmp_path, data, value):
+    with begin(tmp_path, data) as run:
+        next(run.epochs(1, *parts()))
+        with pytest.raises(InputError, match=r"run.log: it is .*; legal: a number"):
+            run.log(Metrics(50.0, 1.0), Metrics(50.0, 1.0), it=value)
+
+
+def test_a_moment_does_not_replace_what_a_record_holds(tmp_path, data):
+    with begin(tmp_path, data) as run, pytest.raises(InputError, match="'seed' is no name for a moment"):
+        run.remember("seed", convolutional())
 
 
 class TestCode:

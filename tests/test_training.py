@@ -85,6 +85,7 @@ LOSSES = {
     "function": (nn.functional.cross_entropy, "the loss has the reduction 'mean'"),
     "part": (partial(nn.functional.nll_loss, reduction="none"), "the loss has the reduction 'none'"),
     "sum": (partial(nn.functional.cross_entropy, reduction="sum"), None),
+    "by image": (lambda logits, labels: logits.sum(1), r"the loss returns \(20,\); legal: one number"),
     "own": (lambda logits, labels: (logits.softmax(1) - nn.functional.one_hot(labels)).square().sum(), None),
 }
 
@@ -98,6 +99,30 @@ def test_losses_that_are_means_are_refused(split, kind):
     rest = optimizer, make_schedule(optimizer, "cosine", 1, 5, [], 1, 0), split.shuffled(20, 0), loss
     with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
         train_epoch(net, *rest)
+
+
+@pytest.mark.parametrize("form", [lambda y: nn.functional.one_hot(y, 2).float(), lambda y: (y, "more")])
+def test_labels_may_be_shares_or_come_with_more(split, form):
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    schedule, batches = make_schedule(optimizer, "cosine", 1, 5, [], 1, 0), list(split.shuffled(20, 0))
+    changed, found = [(images, form(labels), rows) for images, labels, rows in batches], []
+    for some in (batches, changed):
+        torch.manual_seed(0)
+        found.append(train_epoch(net, optimizer, schedule, some, lambda logits, labels: logits.square().sum()))
+    assert found[0] == found[1]
+
+
+WITH_ARGUMENTS = {"optimizer": ("LBFGS", "closure"), "schedule": ("ReduceLROnPlateau", "metrics")}
+
+
+@pytest.mark.parametrize("part", WITH_ARGUMENTS)
+def test_steps_take_no_arguments(split, part):
+    net, (name, argument) = network(), WITH_ARGUMENTS[part]
+    optimizer = torch.optim.LBFGS(net.parameters()) if part == "optimizer" else torch.optim.SGD(net.parameters(), 0.1)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD(net.parameters(), 0.1))
+    with pytest.raises(InputError, match=f"the step of {name}: missing a required argument: '{argument}'"):
+        train_epoch(net, optimizer, plateau, split.shuffled(20, 0), lambda logits, labels: logits.sum())
 
 
 def test_outputs_of_training_are_a_tensor(split):
