@@ -89,15 +89,9 @@ def train_epoch(
     for images, labels, rows in tqdm(batches, unit="batch", leave=False, disable=quiet):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp, cache_enabled=False):  # a graph forbids a cache
             logits = network(images)
-            with torch.no_grad():
-                answers = teacher.eval()(images) if taught else None
-        if not isinstance(logits, Tensor):
-            raise InputError(f"in training the network returns a {type(logits).__name__}; legal: a tensor")
-        batch_loss = (1 - taught) * loss(logits.float(), labels)
-        if batch_loss.ndim:
-            raise InputError(f"the loss returns {tuple(batch_loss.shape)}; legal: one number, summed over the images")
+        batch_loss = _loss(loss, logits, labels)
         if taught:
-            batch_loss = batch_loss + taught * distillation(logits.float(), answers.float())
+            batch_loss = (1 - taught) * batch_loss + taught * distillation(logits, teacher, images, amp)
         optimizer.zero_grad(set_to_none=True)
         (batch_loss * (parallel.size() / rows)).backward()  # averaged over processes, this is the mean over the batch
         optimizer.step()
@@ -111,12 +105,23 @@ def train_epoch(
     return Metrics(100 * correct / max(images_seen, 1), loss_sum / max(images_seen, 1))
 
 
-def distillation(logits: Tensor, answers: Tensor) -> Tensor:
-    """How far a network is from its teacher, both (n, classes): 16 KL divergences, in nats, of their probabilities.
+def _loss(loss: Callable, logits: Tensor, labels: Tensor | tuple) -> Tensor:
+    if not isinstance(logits, Tensor):
+        raise InputError(f"in training the network returns a {type(logits).__name__}; legal: a tensor")
+    summed = loss(logits.float(), labels)
+    if summed.ndim:
+        raise InputError(f"the loss returns {tuple(summed.shape)}; legal: one number, summed over the images")
+    return summed
 
-    At temperature 4, whose square makes up for the smaller gradients; summed over the images (Hinton et al., 2015).
+
+def distillation(logits: Tensor, teacher: nn.Module, images: Tensor, amp: bool = False) -> Tensor:
+    """How far logits (n, classes) are from a teacher's of the same images: 16 KL divergences, in nats, summed.
+
+    Of the probabilities at temperature 4; its square makes up for the smaller gradients (Hinton et al., 2015).
     """
-    given, taught = (F.log_softmax(values / 4, 1) for values in (logits, answers))
+    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
+        answers = teacher.eval()(images)
+    given, taught = (F.log_softmax(values.float() / 4, 1) for values in (logits, answers))
     return 16 * F.kl_div(given, taught, reduction="sum", log_target=True)
 
 
