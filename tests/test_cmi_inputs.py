@@ -118,7 +118,7 @@ def small(rng, n=30):
 
 ILLEGAL = [
     ("gaussian", {"given": "keep"}),
-    ("gaussian", {"given": ["kept"]}),
+    *(("gaussian", {"given": value}) for value in (["kept"], np.array(["kept", "rest"]))),
     *(("gaussian", {"shrinkage": value}) for value in (2, -1, 0, np.nan, "much")),
     *(("gaussian", {"given": "kept", "snr": value}) for value in ([1, 2], 1.0, [1, -1, 1], [1, np.nan, 1], ["a"] * 3)),
     ("gaussian", {"snr": np.ones(3)}),

@@ -19,7 +19,7 @@ _TURN = threading.RLock()
 
 def check_choice(value, name: str, choices) -> None:
     """Raise a ValueError that names the option unless the value is one of the choices."""
-    if value not in list(choices):
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
 
 
