@@ -44,6 +44,20 @@ def test_a_flipped_bit_is_detected(checkpoint, position):
         artifacts.load_checkpoint(checkpoint)
 
 
+def test_a_finished_run_whose_files_are_lost_or_damaged_is_not_complete(tmp_path, capsys):
+    """Who reads them says what to run; that must make them again, or say what to remove."""
+    scores, labels = tmp_path / "scores.npy", tmp_path / "labels.npy"
+    records.save({scores: b"1", labels: b"2"}, {"status": "complete"})
+    assert records.is_complete(scores, {}, "remove them")
+    assert "is complete already" in capsys.readouterr().out
+    labels.write_bytes(b"3")
+    with pytest.raises(InputError, match=r"labels.npy is damaged: its checksum is not that of scores.json; remove the"):
+        records.is_complete(scores, {}, "remove them")
+    labels.unlink()
+    assert not records.is_complete(scores, {}, "remove them")
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("length", [0, 1, 500])
 def test_a_truncated_checkpoint_is_refused_also_without_record(checkpoint, length):
     checkpoint.write_bytes(checkpoint.read_bytes()[:length])
