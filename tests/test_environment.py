@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,6 +190,14 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
         pytest.raises(InputError, match=r"is on a file system without locks \(flock\)"),
         files.file_lock(tmp_path / "new" / "x.pkl"),
     ):
+        pass
+
+
+def test_a_lock_of_another_user_is_named(tmp_path, monkeypatch):
+    """A process of theirs that was killed left it, in a folder that many may write to."""
+    monkeypatch.setattr("filelock.FileLock.acquire", lambda _: (_ for _ in ()).throw(PermissionError(13, "no")))
+    refused = pytest.raises(InputError, match=rf"^{tmp_path}/\.x\.pkl\.lock cannot be written to \(no\)")
+    with refused, files.file_lock(tmp_path / "x.pkl"):
         pass
 
 
