@@ -736,6 +736,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         with parallel.processes():
             main()
+        sys.stdout.flush()
     except (InputError, Diverged) as error:
         sys.exit(_say(error, 1 if isinstance(error, Diverged) else 2))
     except OSError as error:
@@ -753,10 +754,15 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one changes nothing
         _say(f"interrupted; {GO_ON}", 130)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a `tee` that is interrupted too
+            sys.stdout.flush()
         os._exit(130)  # at once: workers that are still at it would abort Python's own way out
-    finally:  # what is left is Python's own way out, in which an interrupt would print a traceback
+    finally:  # what is left is Python's own way out, in which an interrupt, or a pipe that ended, prints a traceback
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _list(choices: list) -> str:

@@ -202,6 +202,27 @@ def test_a_lock_of_another_user_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("end", "said", "code"), [(None, "No space left on device", 2), (KeyboardInterrupt, "interrupted", 130)]
+)
+def test_what_cannot_be_printed_is_one_line(monkeypatch, capsys, end, said, code):
+    """A log on a full disk, or a pipe that ended: Python would complain once more, with exit code 120."""
+
+    def main():
+        print("x")
+        if end:
+            raise end
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("os._exit", sys.exit)
+    with Path("/dev/full").open("w") as full:  # closing it writes what is left, as Python's way out does
+        monkeypatch.setattr("sys.stdout", full)
+        with pytest.raises(SystemExit) as stop:
+            cli.run(main)
+    assert stop.value.code == code
+    assert capsys.readouterr().err.count(f"error: {said}; the same command goes on") == 1
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--Device_ids 0 1", "--Device_ids 0 1: one GPU a process; for several use torchrun"),
