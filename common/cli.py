@@ -605,17 +605,19 @@ def pruning_plan(args: Namespace, network: nn.Module, model: ModuleType, images:
             remedy = f"run pruning_1b.py --key_id {model.PAIRS.index((parent, child))} with the same groups first"
             paths += [artifacts.score_path(family, parent, child) for family in families]
             scores[child], blocks[child], made = scoring.load(paths[-3:], blocks[child], remedy, made_of)
-    sparsity, whole = pruned_share(args), weight_count(network)
+    sparsity, whole, positions = pruned_share(args), weight_count(network), {}
     if args.Prune_of == "macs":
         positions = output_positions(network, images.train)
         whole = sum(network.get_parameter(key).numel() * count for key, count in positions.items())
         blocks = {key: replace(block, positions=positions[key]) for key, block in blocks.items()}
     if args.Prune_of_network:
         masked = sum(block.cost.sum() for block in blocks.values())
-        if sparsity * whole > masked:
-            held = f"the masked layers hold {100 * masked / whole:.2f} %"
-            raise InputError(f"{100 * sparsity:g} % of the network: {held}")
-        sparsity = float(sparsity * whole / masked)
+        others = {key: kept for key, kept in within.items() if key not in blocks}  # pruned in an earlier round
+        gone = sum(int((~kept).sum()) * positions.get(key, 1) for key, kept in others.items())
+        if not gone <= sparsity * whole <= gone + masked:
+            held = f"hold {100 * masked / whole:.2f} %, gone from others are {100 * gone / whole:.2f} %"
+            raise InputError(f"{100 * sparsity:g} % of the network: the masked layers {held}")
+        sparsity = float((sparsity * whole - gone) / masked)
     known = {"inputs": records.checksums(args.Retrain, *paths), "requested_percent": 100 * sparsity}
     if made:
         how = ("estimator", "given", "sampling", "positions", "grouping", "samples_per_class")
@@ -737,6 +739,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         with parallel.processes():
             main()
+        sys.stdout.flush()
     except (InputError, Diverged) as error:
         sys.exit(_say(error, 1 if isinstance(error, Diverged) else 2))
     except OSError as error:
@@ -754,10 +757,15 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one changes nothing
         _say(f"interrupted; {GO_ON}", 130)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a `tee` that is interrupted too
+            sys.stdout.flush()
         os._exit(130)  # at once: workers that are still at it would abort Python's own way out
-    finally:  # what is left is Python's own way out, in which an interrupt would print a traceback
+    finally:  # what is left is Python's own way out, in which an interrupt, or a pipe that ended, prints a traceback
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _list(choices: list) -> str:

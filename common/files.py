@@ -56,7 +56,8 @@ def file_lock(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise InputError(f"{path.parent} is on a file system without locks (flock); name another one") from error
-        raise InputError(f"{path.parent} cannot be written to ({error.strerror}); name another directory") from error
+        where = file if os.access(path.parent, os.W_OK) else path.parent  # another user's lock, or the folder
+        raise InputError(f"{where} cannot be written to ({error.strerror}); name another directory") from error
     try:
         for left in path.parent.glob(f".{path.stem}.*.tmp"):  # by a process that was killed
             left.unlink(missing_ok=True)
@@ -91,5 +92,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # what a full disk raises names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)

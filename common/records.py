@@ -92,7 +92,7 @@ def is_complete(path: Path, record: dict, remedy: str, describe=None) -> bool:
     Raises
     ------
     InputError
-        If the file or its record is there from another run, with the remedy: it must not be overwritten.
+        If the file or its record is there from another run, or damaged, with the remedy: it must not be overwritten.
     """
     if not record_path(path).is_file():
         if path.exists():
@@ -100,7 +100,11 @@ def is_complete(path: Path, record: dict, remedy: str, describe=None) -> bool:
         return False
     there = read(record_path(path))
     check_same(path, there, record, remedy)
-    complete = there.get("status") == "complete" and path.is_file()
+    written = {path.with_name(name): checksum for name, checksum in there.get("files", {path.name: None}).items()}
+    complete = there.get("status") == "complete" and all(map(Path.is_file, written))  # else what is lost is made again
+    for file, checksum in written.items() if complete else ():
+        if checksum not in (None, hashlib.sha256(file.read_bytes()).hexdigest()):
+            raise InputError(f"{file} is damaged: its checksum is not that of {record_path(path).name}; {remedy}")
     if complete and parallel.rank() == 0:
         print(f"{path} is complete already" + (f": {describe(there)}" if describe else ""))
     return complete

@@ -69,7 +69,7 @@ def collect(folder: Path) -> str:
 def _here(folder: Path) -> dict[str, dict]:
     """The lines of the finished runs in a folder by path, in order."""
     lines = {}
-    for path in sorted(folder.rglob("*.json")):
+    for path in _records(folder):
         record = records.read(path)
         if "stage" in record and record.get("status") == "complete":
             name, log = path.relative_to(folder.parent).as_posix(), path.with_suffix(".jsonl")
@@ -78,6 +78,16 @@ def _here(folder: Path) -> dict[str, dict]:
                 written = enumerate(log.read_bytes().splitlines(), 1)
                 lines[name]["epochs"] = [_parsed(log, number, epoch) for number, epoch in written]
     return lines
+
+
+def _records(folder: Path) -> list[Path]:
+    """The JSON files below a folder, and below links in it that lead away from it, each once."""
+    top, once = files.real(folder), {}
+    below = {path: files.real(path) for path in sorted(folder.rglob("*")) if path.is_dir()}
+    away = [path for path, real in below.items() if not (real.is_relative_to(top) or top.is_relative_to(real))]
+    for path in (path for each in (folder, *away) for path in sorted(each.rglob("*.json"))):
+        once.setdefault(files.real(path), path)
+    return sorted(once.values())
 
 
 def _parsed(file: Path, number: int, written: bytes) -> dict:
@@ -95,7 +105,7 @@ def _sealed(line: dict) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="a folder of results/; none: all of them")
-    every = (path.name for path in sorted(files.RESULTS.iterdir()) if any(path.rglob("*.json")))
+    every = (path.name for path in sorted(files.RESULTS.iterdir()) if _records(path))
     for name in parser.parse_args().experiments or [name for name in every if name not in APART]:
         print(collect(files.RESULTS / name))
 

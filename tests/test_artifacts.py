@@ -44,6 +44,20 @@ def test_a_flipped_bit_is_detected(checkpoint, position):
         artifacts.load_checkpoint(checkpoint)
 
 
+def test_a_finished_run_whose_files_are_lost_or_damaged_is_not_complete(tmp_path, capsys):
+    """Who reads them says what to run; that must make them again, or say what to remove."""
+    scores, labels = tmp_path / "scores.npy", tmp_path / "labels.npy"
+    records.save({scores: b"1", labels: b"2"}, {"status": "complete"})
+    assert records.is_complete(scores, {}, "remove them")
+    assert "is complete already" in capsys.readouterr().out
+    labels.write_bytes(b"3")
+    with pytest.raises(InputError, match=r"labels.npy is damaged: its checksum is not that of scores.json; remove the"):
+        records.is_complete(scores, {}, "remove them")
+    labels.unlink()
+    assert not records.is_complete(scores, {}, "remove them")
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("length", [0, 1, 500])
 def test_a_truncated_checkpoint_is_refused_also_without_record(checkpoint, length):
     checkpoint.write_bytes(checkpoint.read_bytes()[:length])
@@ -181,8 +195,8 @@ def test_pickled_arrays_are_not_executed(tmp_path):
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x"
     files.write_bytes(path, b"old")
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(OSError, match=f"disk full: '{path}'"):  # the system names no file
         files.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

@@ -65,6 +65,17 @@ def test_runs_that_are_not_here_stay_and_others_are_added_or_replaced(results):
     assert (results / "fc2.jsonl").read_bytes().splitlines()[1] == elsewhere
 
 
+def test_runs_behind_links_count_once(results):
+    """A folder of runs that was moved to another disk; a link to a run that is here; a link that leads back."""
+    (results / "fc2" / "kept").rename(results / "moved")
+    links = {"kept": results / "moved", "a": results / "fc2" / "kept-magnitude", "loop": results / "fc2"}
+    for name, target in links.items():
+        (results / "fc2" / name).symlink_to(target)
+    assert collect.collect(results / "fc2") == "fc2.jsonl: 2 runs (2 added, 0 replaced)"
+    paths = [f"fc2/{name}/0/logits_90.00.json" for name in ("kept", "kept-magnitude")]
+    assert list(collect.read(results / "fc2.jsonl")) == paths
+
+
 def test_collecting_again_changes_nothing(results):
     collect.collect(results / "fc2")
     before = (results / "fc2.jsonl").read_bytes()

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,6 +191,35 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
         files.file_lock(tmp_path / "new" / "x.pkl"),
     ):
         pass
+
+
+def test_a_lock_of_another_user_is_named(tmp_path, monkeypatch):
+    """A process of theirs that was killed left it, in a folder that many may write to."""
+    monkeypatch.setattr("filelock.FileLock.acquire", lambda _: (_ for _ in ()).throw(PermissionError(13, "no")))
+    refused = pytest.raises(InputError, match=rf"^{tmp_path}/\.x\.pkl\.lock cannot be written to \(no\)")
+    with refused, files.file_lock(tmp_path / "x.pkl"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("end", "said", "code"), [(None, "No space left on device", 2), (KeyboardInterrupt, "interrupted", 130)]
+)
+def test_what_cannot_be_printed_is_one_line(monkeypatch, capsys, end, said, code):
+    """A log on a full disk, or a pipe that ended: Python would complain once more, with exit code 120."""
+
+    def main():
+        print("x")
+        if end:
+            raise end
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("os._exit", sys.exit)
+    with Path("/dev/full").open("w") as full:  # closing it writes what is left, as Python's way out does
+        monkeypatch.setattr("sys.stdout", full)
+        with pytest.raises(SystemExit) as stop:
+            cli.run(main)
+    assert stop.value.code == code
+    assert capsys.readouterr().err.count(f"error: {said}; the same command goes on") == 1
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,17 @@ def test_shares_of_the_network(base, tmp_path, call):
     assert record(path)["requested_percent"] == pytest.approx(20 * 545_000 / 150_000)
 
 
+def test_shares_of_the_network_count_what_earlier_rounds_took_from_other_layers(base, tmp_path, call):
+    call(*prune(base, tmp_path / "first", "--Criterion", "magnitude", "--Prune_per", "0.9", "--Epoch", "0"))
+    first = tmp_path / "first" / "0" / "logits_90.00.pkl"  # 24.77 % of the network
+    again = ["--Retrain", first, "--Criterion", "magnitude", "--children_key", "fc1.weight", "--Epoch", "0"]
+    again = [*prune(base, tmp_path / "second", *again, "--Prune_of_network"), "--Prune_per"]
+    call(*again, "0.5")
+    (path,) = (tmp_path / "second" / "0").glob("*.pkl")
+    assert record(path)["pruned_percent_network"] == pytest.approx(50, abs=0.06)
+    assert "hold 71.93 %, gone from others are 24.77 %" in call(*again, "0.2", code=2)
+
+
 def test_a_damaged_state_is_refused_and_can_be_left_aside(base, tmp_path, call):
     """The state of a finished run is gone; here is one of which a bit is wrong."""
     flags = prune(base, tmp_path, "--Criterion", "magnitude", "--Prune_per", "0.9")
