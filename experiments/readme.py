@@ -67,7 +67,7 @@ COMMITTED = {  # networks below results/ that come with a clone: what makes them
     "robustness/baseline/0/logits_best.pkl": ("`experiments/mnist.sh robustness`", OWN),
     "robustness/correlated_even/0/0/logits_96.20.pkl": ("`experiments/mnist.sh robustness`", OWN),
     "robustness/correlated_even/0/0/logits_99.60.pkl": ("`experiments/mnist.sh robustness`", OWN),
-    **{f"cifar10_jpeg/resnet56/baseline/{k}/0/logits_best.pkl": (TRAINED, BEGUN) for k in range(5)},
+    **{f"cifar10_jpeg/resnet56/baseline/{k}/0/logits_best.pkl": (TRAINED, BEGUN) for k in range(7)},
     "cifar10_before/positions/0_0/0/logits_70.00.pkl": ("`experiments/rules.sh resnet56`", BEGUN),
 }
 BY_MACHINE = {"cores": "all that there are", "Workers": "as many as cores, at most 8"}  # defaults of flags
