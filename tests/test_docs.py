@@ -121,7 +121,7 @@ def test_a_difference_is_recomputed_as_the_page_says(monkeypatch, capsys):
     (block,) = (code for language, code in BLOCK.findall(PAGES[2].read_text(encoding="utf-8")) if language == "python")
     monkeypatch.chdir(ROOT)
     exec(block, {})
-    assert capsys.readouterr().out.strip() == block.strip().rpartition("  # ")[2] == "8.84 ± 0.99, p = 0.001"
+    assert capsys.readouterr().out.strip() == block.strip().rpartition("  # ")[2] == "8.79 ± 1.14, p = 0.0002"
 
 
 def test_tables_of_the_pages_are_what_is_recorded_and_declared():
