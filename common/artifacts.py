@@ -49,29 +49,13 @@ def array_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def read_checked(path: Path, record: Path, remedy: str) -> bytes:
-    """The content of a file, compared with the checksum in its record; a file from elsewhere has none.
-
-    `remedy` says in error messages what to run to get the file.
-    """
-    if not path.is_file():
-        raise InputError(f"{path} {'is no file' if path.exists() else 'does not exist'}; {remedy}")
-    content = path.read_bytes()
-    if record.is_file():
-        written = records.read(record).get("files", {})
-        expected = written.get(path.name, written.get(files.real(path).name))
-        if expected is not None and hashlib.sha256(content).hexdigest() != expected:
-            raise InputError(f"{path} is damaged: its checksum is not that of {record.name}; {remedy}")
-    return content
-
-
 def load_checkpoint(path: Path, *, foreign: bool = False) -> dict:
     """Read a checkpoint: a dictionary with `state_dict`; files that hold anything but tensors and plain values fail.
 
     `foreign` also takes what other programs write: weights alone, or under another name.
     """
     remedy = "run train_stage1.py first, or name another file"
-    content = read_checked(path, records.found(path), remedy)
+    content = records.read_checked(path, records.found(path), remedy)
     checkpoint = _load(content, path, "a checkpoint of tensors and plain values", remedy)
     if foreign:
         masks = checkpoint.get("masks") if isinstance(checkpoint, dict) else {}
@@ -175,7 +159,7 @@ def load_state(path: Path, remedy: str) -> dict | None:
 
 def load_array(path: Path, record: Path, remedy: str) -> np.ndarray:
     """Read an .npy file of numbers; pickled objects fail."""
-    content = read_checked(path, record, remedy)
+    content = records.read_checked(path, record, remedy)
     try:
         array = np.load(io.BytesIO(content), allow_pickle=False)
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":

@@ -86,6 +86,22 @@ def save(contents: dict[Path, bytes], record: dict) -> None:
     write(known, {**record, "files": checksums})
 
 
+def read_checked(path: Path, record: Path, remedy: str) -> bytes:
+    """The content of a file, compared with the checksum in its record; a file from elsewhere has none.
+
+    `remedy` says in error messages what to run to get the file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} {'is no file' if path.exists() else 'does not exist'}; {remedy}")
+    content = path.read_bytes()
+    if record.is_file():
+        written = read(record).get("files", {})
+        expected = written.get(path.name, written.get(files.real(path).name))
+        if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+            raise InputError(f"{path} is damaged: its checksum is not that of {record.name}; {remedy}")
+    return content
+
+
 def is_complete(path: Path, record: dict, remedy: str, describe=None) -> bool:
     """Whether the run that writes this file is done already; says so, with what `describe` makes of its record.
 
@@ -100,11 +116,10 @@ def is_complete(path: Path, record: dict, remedy: str, describe=None) -> bool:
         return False
     there = read(record_path(path))
     check_same(path, there, record, remedy)
-    written = {path.with_name(name): checksum for name, checksum in there.get("files", {path.name: None}).items()}
+    written = [path.with_name(name) for name in there.get("files", [path.name])]
     complete = there.get("status") == "complete" and all(map(Path.is_file, written))  # else what is lost is made again
-    for file, checksum in written.items() if complete else ():
-        if checksum not in (None, hashlib.sha256(file.read_bytes()).hexdigest()):
-            raise InputError(f"{file} is damaged: its checksum is not that of {record_path(path).name}; {remedy}")
+    for file in written if complete else ():
+        read_checked(file, record_path(path), remedy)
     if complete and parallel.rank() == 0:
         print(f"{path} is complete already" + (f": {describe(there)}" if describe else ""))
     return complete
