@@ -16,10 +16,10 @@ jobs=${JOBS:-1} # retraining runs at a time
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 seeds=${SEEDS:-$(seq 0 $((networks - 1)))} # the networks to prune
 base=mnist_mlp/baseline inner= checkpoint=logits_best.pkl # a network is $base/<seed>$inner/$checkpoint
-select=last
+select=last held= # the images that choose, if not model.py's 3,000
 
 dense() { # the networks
-    $python train_stage1.py --Data_dir "$data" --Save_dir $base --Expt_rerun "$networks" --Select $select
+    $python train_stage1.py --Data_dir "$data" --Save_dir $base --Expt_rerun "$networks" --Select $select $held
 }
 score() { # POSTFIX FLAGS: the scores of all networks
     postfix=$1
@@ -34,7 +34,7 @@ prune() { # NAME FLAGS: one line per network; in the flags, @FAMILY names its sc
     for seed in $seeds; do
         network=$base/$seed$inner
         flags=$(echo "$*" | sed "s|@\([^ ]*\)|--Retrain_mask $network/I_parent_\1.npy|")
-        echo "$python retrain_stage3.py --Data_dir \"$data\" --Select $select --Seed $seed --Retrain $network/$checkpoint" \
+        echo "$python retrain_stage3.py --Data_dir \"$data\" --Select $select $held --Seed $seed --Retrain $network/$checkpoint" \
             "--upper_prune_limit 1 --Save_dir $name/$seed $flags"
     done
 }
@@ -195,6 +195,24 @@ weights_few_runs() {
     both mnist_weights_few 0.992817 "$long" mnist_weights_rounds/logits_98.50.pkl
 }
 
+# As few weights, taught by the network before (--Distillation); 10,000 images that are held out of all training choose
+# how much, and for how many epochs of the third round, both rules and three networks at a time.
+longer="--Epoch 120 --Milestones 40 80 --Dropout 0.02"
+two_rounds() { # NAME FLAGS
+    both "$1/first" 0.95 "$2" | run
+    both "$1/second" 0.985 "$long $2" "$1/first/logits_95.00.pkl" | run
+}
+weights_few_validated_scores() {
+    for taught in 0 0.9; do two_rounds mnist_weights_few_validated/$taught "--Distillation $taught"; done
+}
+weights_few_validated_runs() {
+    for taught in 0 0.9; do
+        second=mnist_weights_few_validated/$taught/second/logits_98.50.pkl
+        both mnist_weights_few_validated/$taught/60 0.992817 "$long --Distillation $taught" $second
+        both mnist_weights_few_validated/$taught/120 0.992817 "$longer --Distillation $taught" $second
+    done
+}
+
 # Experiment 2: other numbers of groups and of images, at the paper's shares: GROUPS SAMPLES SHARE.
 rows="5 250 0.8627
 10 250 0.8725
@@ -218,7 +236,7 @@ groups_runs() {
     done
 }
 
-legal="fc2 robustness validated short network weights weights_validated weights_long weights_rounds weights_few groups"
+legal="fc2 robustness validated short network weights weights_validated weights_long weights_rounds weights_few weights_few_validated groups"
 experiments=${*:-$legal}
 for name in $experiments; do
     case " $legal " in
@@ -233,7 +251,8 @@ for name in $experiments; do
     (
         case $name in # these have networks of their own, so that they can be run on another machine than the rest
         robustness) base=robustness/baseline ;;
-        validated | weights_validated) base=mnist_validated/baseline select=val ;;
+        weights_few_validated) base=mnist_few_validated/baseline select=val held="--Val_size 10000" ;;
+    validated | weights_validated) base=mnist_validated/baseline select=val ;;
         weights | weights_long | weights_rounds | weights_few | groups) base=mnist_groups/baseline ;;
         esac
         [ -n "${LIST:-}" ] || dense

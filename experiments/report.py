@@ -241,20 +241,20 @@ def groups_table(records: list[dict], paper: list[dict]) -> str:
 def validated_table(records: list[dict]) -> str:
     """Runs by rule and recipe: accuracy on the held-out images, which choose, and on the test set.
 
-    In bold: the recipe with which CMI is best on the held-out images.
+    In bold: the recipe with which CMI is best on the held-out images, at the largest pruned share.
     """
+    columns = ("rule", "pruned (%)", "epochs", "weight decay", "dropout", "distillation")
     found, rows = defaultdict(list), []
     for record in [*baselines(records), *of_stage(records, 3)]:
         name, arguments = rule(record) if record["stage"] == 3 else "dense", record["arguments"]
         dropout = "as dense" if arguments.get("Dropout") is None else f"{arguments['Dropout']:g}"
-        found[name, arguments["Epoch"], arguments["Weight_decay"], dropout].append(record)
+        recipe = arguments["Epoch"], arguments["Weight_decay"], dropout, arguments.get("Distillation", 0)
+        found[name, f"{record.get('requested_percent', 0):.2f}", *recipe].append(record)
     held_out = {key: [r["best"]["val_accuracy"] for r in runs] for key, runs in found.items()}
     ours = [key for key in found if key[0].startswith("CMI")]
-    chosen = max(ours, key=lambda key: np.mean(held_out[key]), default=None)
+    chosen = max(ours, key=lambda key: (float(key[1]), np.mean(held_out[key])), default=None)
     for key, runs in sorted(found.items()):
-        recipe = (f"**{part}**" if key == chosen else part for part in key)
-        row = dict(zip(("rule", "epochs", "weight decay", "dropout"), recipe, strict=True))
-        row["pruned (%)"] = f"{np.mean([r.get('pruned_percent_masked_layers', 0) for r in runs]):.2f}"
+        row = dict(zip(columns, (f"**{part}**" if key == chosen else part for part in key), strict=True))
         row |= {"held-out accuracy (%)": mean_std(held_out[key]), MOMENTS["test"]: mean_std(accuracies(runs))}
         rows.append({**row, "n": len(runs)})
     return markdown(rows)
