@@ -196,21 +196,19 @@ weights_few_runs() {
 }
 
 # As few weights, taught by the network before (--Distillation); 10,000 images that are held out of all training choose
-# how much, and for how many epochs of the third round, both rules and three networks at a time.
-longer="--Epoch 120 --Milestones 40 80 --Dropout 0.02"
-two_rounds() { # NAME FLAGS
-    both "$1/first" 0.95 "$2" | run
-    both "$1/second" 0.985 "$long $2" "$1/first/logits_95.00.pkl" | run
-}
+# how much.
 weights_few_validated_scores() {
     for taught in 0 0.9; do two_rounds mnist_weights_few_validated/$taught "--Distillation $taught"; done
 }
 weights_few_validated_runs() {
-    for taught in 0 0.9; do
-        second=mnist_weights_few_validated/$taught/second/logits_98.50.pkl
-        both mnist_weights_few_validated/$taught/60 0.992817 "$long --Distillation $taught" $second
-        both mnist_weights_few_validated/$taught/120 0.992817 "$longer --Distillation $taught" $second
-    done
+    for taught in 0 0.9; do third_round mnist_weights_few_validated/$taught "--Distillation $taught"; done
+}
+two_rounds() { # NAME FLAGS
+    both "$1/first" 0.95 "$2" | run
+    both "$1/second" 0.985 "$long $2" "$1/first/logits_95.00.pkl" | run
+}
+third_round() { # NAME FLAGS
+    both "$1/third" 0.992817 "$long $2" "$1/second/logits_98.50.pkl"
 }
 
 # Experiment 2: other numbers of groups and of images, at the paper's shares: GROUPS SAMPLES SHARE.

@@ -67,13 +67,10 @@ def layer_cmi(
 
     Parameters
     ----------
-    children : (n, c) array_like
-        Row a of `children` and of `parents` comes from the same image.
-    parents : (n, p) array_like
-    child_groups : (c,) integer array_like
-        The group of every child unit; any integers, H different ones.
-    parent_groups : (p,) integer array_like
-        The group of every parent unit; G different ones.
+    children, parents : (n, c) and (n, p) array_like
+        Row a of both comes from the same image.
+    child_groups, parent_groups : (c,) and (p,) integer array_like
+        The group of every unit: any integers, H and G different ones.
     estimator : a key of `ESTIMATORS`
     n_jobs : int, or generator of (function, tasks)
         Parallel workers as joblib counts them, but no more than processors; the result is the same, bit for bit, for
