@@ -2,7 +2,7 @@
 # The experiments on MNIST: networks, scored, pruned by several rules, retrained. Nothing is chosen: all 60,000 images
 # train, the last epoch counts, the test set is read at the end ("validated": 3,000 images choose the epoch). Finished
 # runs are skipped and killed ones go on, so the script can be stopped and started again. A retraining takes about 80
-# seconds on one CPU core.
+# seconds on one CPU core, half with TRAIN_FLAGS=--Amp where the processor has bfloat16.
 #
 #   experiments/mnist.sh [EXPERIMENT ...]           by default all, see below
 #   LIST=1 experiments/mnist.sh [EXPERIMENT ...]    prints the commands of the pruned runs, one per line
@@ -35,7 +35,7 @@ prune() { # NAME FLAGS: one line per network; in the flags, @FAMILY names its sc
         network=$base/$seed$inner
         flags=$(echo "$*" | sed "s|@\([^ ]*\)|--Retrain_mask $network/I_parent_\1.npy|")
         echo "$python retrain_stage3.py --Data_dir \"$data\" --Select $select $held --Seed $seed --Retrain $network/$checkpoint" \
-            "--upper_prune_limit 1 --Save_dir $name/$seed $flags"
+            "--upper_prune_limit 1 --Save_dir $name/$seed $flags ${TRAIN_FLAGS:-}"
     done
 }
 
