@@ -448,7 +448,8 @@ def load_data(args: Namespace, checkpoint: dict | None = None) -> Data:
         before = (checkpoint or {}).get(name, now)
         if before != now:
             use = "the same" if name != "val_size" else f"the same, with `select` {'val' if before else 'last'}"
-            raise InputError(f"`{name}` {_shown(now)}: the checkpoint was trained with {_shown(before)}; use {use}")
+            now, before = ("all" if value is None else _shown(value) for value in (now, before))  # None: all classes
+            raise InputError(f"`{name}` {now}: the checkpoint was trained with {before}; use {use}")
     chooses = {"val": data.val, "last": None, "test": data.test}
     return replace(data, selection=chooses[args.Select]) if args.stage != 2 else data
 
