@@ -249,8 +249,7 @@ def parse(script: str, doc: str, model: ModuleType, stage: int, argv: list[str] 
 
 
 HYPERPARAMETERS = "Dataset Dims Epoch Batch_size Lr Milestones Gamma Opt Nesterov Weight_decay Val_size".split()
-TABLES = {"TRAINING": HYPERPARAMETERS, "SCORING": ("samples_per_class",)}  # of model.py, and what they hold at least
-TABLES["RETRAINING"] = (*HYPERPARAMETERS, "lower_prune_per", "upper_prune_per", "prune_per_step")
+TABLES = {"TRAINING": HYPERPARAMETERS, "SCORING": ("samples_per_class",), "RETRAINING": HYPERPARAMETERS}  # of model.py
 NEEDED = {"NAME": str, "PAIRS": list, **dict.fromkeys((*TABLES, "GROUPS", "MAX_SPARSITY"), dict), "build": Callable}
 _stage = "1"  # of the script that runs: whose flags errors speak of
 
@@ -449,7 +448,8 @@ def load_data(args: Namespace, checkpoint: dict | None = None) -> Data:
         before = (checkpoint or {}).get(name, now)
         if before != now:
             use = "the same" if name != "val_size" else f"the same, with `select` {'val' if before else 'last'}"
-            raise InputError(f"`{name}` {_shown(now)}: the checkpoint was trained with {_shown(before)}; use {use}")
+            now, before = ("all" if value is None else _shown(value) for value in (now, before))  # None: all classes
+            raise InputError(f"`{name}` {now}: the checkpoint was trained with {before}; use {use}")
     chooses = {"val": data.val, "last": None, "test": data.test}
     return replace(data, selection=chooses[args.Select]) if args.stage != 2 else data
 
@@ -662,6 +662,8 @@ def pruned_share(args: Namespace) -> float:
         raise InputError("give either --key_id, to choose from the grid of pruned shares, or --Prune_per")
     if args.Prune_per is not None:
         return args.Prune_per
+    if None in (args.lower_prune_per, args.upper_prune_per, args.prune_per_step):
+        raise InputError("--key_id: model.py's RETRAINING has no grid of pruned shares; give --Prune_per")
     if args.lower_prune_per > args.upper_prune_per:
         raise InputError(f"--lower_prune_per {args.lower_prune_per} is above --upper_prune_per {args.upper_prune_per}")
     steps = int((args.upper_prune_per - args.lower_prune_per) / args.prune_per_step + 1e-9)

@@ -258,7 +258,7 @@ def test_few_rows_are_one_line(tmp_path, base, call):
         (tmp_path / name).write_bytes((base / name).read_bytes())
     few = ["--samples_per_class", "1", "--classes", "3", "5", "--weights_dir", tmp_path]
     said = call("pruning_1b.py", *SCORE, *few, code=2)
-    assert "--classes 3 5: the checkpoint was trained with None; use the same" in said
+    assert "--classes 3 5: the checkpoint was trained with all; use the same" in said
     checkpoint = torch.load(tmp_path / "logits_best.pkl", weights_only=True)
     torch.save({**checkpoint, "classes": ["3", "5"]}, tmp_path / "logits_best.pkl")
     (tmp_path / "logits_best.json").unlink()
