@@ -169,7 +169,7 @@ def select_blocks(
     Parameters
     ----------
     ranks : one (H, G) array per layer
-    sparsity, max_sparsity : as for `select`
+    sparsity, max_sparsity : as for `select`; with `like` or `balanced` a maximum may leave less than a block too much
     like : other ranks, which decide how much of each layer is kept: a control that differs from them within layers only
     balanced : spread what each layer keeps evenly over its child and over its parent groups, see `select_balanced`
     within : the mask of a network that is pruned already: what is gone stays gone, and counts as pruned
@@ -189,6 +189,10 @@ def select_blocks(
         one = select_balanced if balanced else lambda rank, w, share, r: select([rank], [w], share, [1.0], [r])[0]
         layers = list(zip(blocks, sizes, rest, kept, strict=True))
         kept = [one(ranks[key], w, (w.sum() - r[k].sum()) / w.sum(), r) for key, w, r, k in layers]
+        for (key, w, r, _), k, limit in zip(layers, kept, max_sparsity, strict=True):
+            lacking = (1 - limit) * w.sum() * (1 - 1e-12) - r[k].sum()  # blocks differ in size: less than one of them
+            if lacking > 0 and (spare := np.flatnonzero(~k & (r >= lacking))).size:
+                k.flat[spare[ranks[key].ravel()[spare].argmax()]] = True
     return dict(zip(blocks, kept, strict=True))
 
 
