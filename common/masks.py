@@ -300,6 +300,11 @@ def select_balanced(
 class Mask(dict):
     """By key of the state_dict a boolean tensor of the weight's shape and device: True where a weight is kept."""
 
+    def __init__(self, *kept, **more) -> None:
+        super().__init__(*kept, **more)
+        if wrong := [k for k, one in self.items() if not isinstance(one, Tensor) or one.dtype != torch.bool]:
+            raise InputError(f"the mask of {wrong[0]} is no tensor of bool; legal: True where a weight is kept")
+
     @classmethod
     def of_blocks(cls, kept: dict, blocks: dict[str, Blocks], network: nn.Module, within: dict | None = None) -> "Mask":
         """The mask of a network of which these blocks (H, G) are kept, and no weight that `within`, if given, drops."""
@@ -327,7 +332,10 @@ class Mask(dict):
     def apply(self, network: nn.Module) -> None:
         """Set every masked weight to exactly 0."""
         for key, kept in self.items():
-            network.get_parameter(key).masked_fill_(~kept, 0)
+            weight = plain_layer(network, key).weight
+            if kept.shape != weight.shape:
+                raise InputError(f"the mask of {key} is {tuple(kept.shape)}; legal: {tuple(weight.shape)}")
+            weight.masked_fill_(~kept, 0)
 
     def hold(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keep the masked weights at exactly 0 after every step of the optimizer.

@@ -182,6 +182,22 @@ def test_no_layer_exceeds_its_maximum_where_blocks_differ_in_size(net, rng, bala
         assert abs(mask.percent_pruned() / 100 - 0.45) * total < 3 * largest
 
 
+@pytest.mark.parametrize(
+    ("key", "kept", "message"),
+    [
+        ("final.weight", torch.ones(4, 10), "no tensor of bool"),
+        ("final.weight", np.ones((4, 10), bool), "no tensor of bool"),
+        ("final.weight", torch.ones(4, 9, dtype=torch.bool), r"is \(4, 9\); legal: \(4, 10\)"),
+        ("final.bias", torch.ones(4, dtype=torch.bool), "no such layer"),
+        ("other.weight", torch.ones(4, 10, dtype=torch.bool), "no such layer"),
+    ],
+)
+def test_a_mask_made_by_hand_is_refused_if_it_is_none(net, key, kept, message):
+    """An own rule may return one; of a bias it was a traceback after all training."""
+    with pytest.raises(InputError, match=f"{key}.* {message}"):
+        masks.Mask({key: kept}).apply(net)
+
+
 def test_cmi_magnitude_by_hand(net):
     """sqrt(score) * mean magnitude; negative scores count as none."""
     blocks = {"final.weight": masks.contiguous_blocks(net, "final.weight", 5, 4)}
