@@ -622,6 +622,7 @@ def pruning_plan(args: Namespace, network: nn.Module, model: ModuleType, images:
         how = ("estimator", "given", "sampling", "positions", "grouping", "samples_per_class")
         known["scores"] = {flag: made["arguments"][flag] for flag in how if made["arguments"].get(flag)}
     like = scores if families and not args.Criterion.startswith("cmi") else None
+    torch.manual_seed(args.Seed)  # for a rule of one's own that draws; after a run `runs.start` does so
     return Plan(blocks, scores, like, sparsity, args.upper_prune_limit, within, known)
 
 

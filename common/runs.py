@@ -33,7 +33,8 @@ def start(best: Path, record: dict, data: Data, **options) -> Iterator["Run"]:
     """A `Run` that has its files to itself."""
     with file_lock(best):
         parallel.barrier()
-        yield Run(best, record, data, **options)
+        yield (run := Run(best, record, data, **options))
+    torch.manual_seed(run.seed + 1)  # the next run's mask may be drawn: whether this one was there already is no matter
 
 
 @dataclass
