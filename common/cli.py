@@ -21,7 +21,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-import joblib
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from common import artifacts, cluster, export, parallel, records, runs, scoring
 from common.activations import output_layer, output_positions, run_order
 from common.cmi import ESTIMATORS, kde
-from common.cmi.inputs import out_of_memory
+from common.cmi.inputs import out_of_memory, processors
 from common.data import Data, FileSplit, Split, load, sample_per_class
 from common.datasets import DATASETS, torchvision
 from common.errors import Diverged, InputError, reason
@@ -95,7 +94,7 @@ def address(text: str) -> str:
 MOST = 2**31 - 1
 COUNT, SHARE, INDEX = number(int, 1, MOST), number(float, 0, 1), number(int, 0, MOST)
 POSITIVE = number(float, 0, above=True)
-CORES = joblib.cpu_count()  # that this process may use
+CORES = processors()
 MANY = {"nargs": "+"}
 GPU = "number of the CUDA GPU, if any; under torchrun by process"
 COMPILE = "train through torch.compile: slow to start; --no-Compile: nor by the CUDA graphs that a single GPU replays"
@@ -623,6 +622,7 @@ def pruning_plan(args: Namespace, network: nn.Module, model: ModuleType, images:
         how = ("estimator", "given", "sampling", "positions", "grouping", "samples_per_class")
         known["scores"] = {flag: made["arguments"][flag] for flag in how if made["arguments"].get(flag)}
     like = scores if families and not args.Criterion.startswith("cmi") else None
+    torch.manual_seed(args.Seed)  # for a rule of one's own that draws; after a run `runs.start` does so
     return Plan(blocks, scores, like, sparsity, args.upper_prune_limit, within, known)
 
 

@@ -277,7 +277,11 @@ def pack(state: dict[str, Tensor], about: dict[str, str]) -> bytes:
             tensors[f"{name}:bits"], tensors[f"{name}:values"], shapes[name] = bits, values, list(tensor.shape)
         else:
             tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
-    return save(tensors, {**about, "shapes": json.dumps(shapes)})
+    content = save(tensors, {**about, "shapes": json.dumps(shapes)})
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:size]), sort_keys=True).encode()  # its own order is another every time
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[size:]
 
 
 def files(network: nn.Module, shrunk: ExportedProgram, about: dict[str, str]) -> dict[str, bytes]:

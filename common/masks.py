@@ -169,7 +169,7 @@ def select_blocks(
     Parameters
     ----------
     ranks : one (H, G) array per layer
-    sparsity, max_sparsity : as for `select`
+    sparsity, max_sparsity : as for `select`; with `like` or `balanced` a maximum may leave less than a block too much
     like : other ranks, which decide how much of each layer is kept: a control that differs from them within layers only
     balanced : spread what each layer keeps evenly over its child and over its parent groups, see `select_balanced`
     within : the mask of a network that is pruned already: what is gone stays gone, and counts as pruned
@@ -189,6 +189,10 @@ def select_blocks(
         one = select_balanced if balanced else lambda rank, w, share, r: select([rank], [w], share, [1.0], [r])[0]
         layers = list(zip(blocks, sizes, rest, kept, strict=True))
         kept = [one(ranks[key], w, (w.sum() - r[k].sum()) / w.sum(), r) for key, w, r, k in layers]
+        for (key, w, r, _), k, limit in zip(layers, kept, max_sparsity, strict=True):
+            lacking = (1 - limit) * w.sum() * (1 - 1e-12) - r[k].sum()  # blocks differ in size: less than one of them
+            if lacking > 0 and (spare := np.flatnonzero(~k & (r >= lacking))).size:
+                k.flat[spare[ranks[key].ravel()[spare].argmax()]] = True
     return dict(zip(blocks, kept, strict=True))
 
 
@@ -296,6 +300,11 @@ def select_balanced(
 class Mask(dict):
     """By key of the state_dict a boolean tensor of the weight's shape and device: True where a weight is kept."""
 
+    def __init__(self, *kept, **more) -> None:
+        super().__init__(*kept, **more)
+        if wrong := [k for k, one in self.items() if not isinstance(one, Tensor) or one.dtype != torch.bool]:
+            raise InputError(f"the mask of {wrong[0]} is no tensor of bool; legal: True where a weight is kept")
+
     @classmethod
     def of_blocks(cls, kept: dict, blocks: dict[str, Blocks], network: nn.Module, within: dict | None = None) -> "Mask":
         """The mask of a network of which these blocks (H, G) are kept, and no weight that `within`, if given, drops."""
@@ -323,7 +332,10 @@ class Mask(dict):
     def apply(self, network: nn.Module) -> None:
         """Set every masked weight to exactly 0."""
         for key, kept in self.items():
-            network.get_parameter(key).masked_fill_(~kept, 0)
+            weight = plain_layer(network, key).weight
+            if kept.shape != weight.shape:
+                raise InputError(f"the mask of {key} is {tuple(kept.shape)}; legal: {tuple(weight.shape)}")
+            weight.masked_fill_(~kept, 0)
 
     def hold(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keep the masked weights at exactly 0 after every step of the optimizer.

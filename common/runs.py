@@ -25,13 +25,16 @@ from common.training import Metrics, evaluate
 # formats, by the last part of a figure's name
 SHOWN = {"lr": ".4g", "loss": ".4f", "accuracy": ".2f", "seconds": ".1f", "epoch": ".0f"}
 
+STATE = ("lines", "kept", "kept_state", "highest", "moments", "seconds", "record", "format")  # beside the parts
+
 
 @contextlib.contextmanager
 def start(best: Path, record: dict, data: Data, **options) -> Iterator["Run"]:
     """A `Run` that has its files to itself."""
     with file_lock(best):
         parallel.barrier()
-        yield Run(best, record, data, **options)
+        yield (run := Run(best, record, data, **options))
+    torch.manual_seed(run.seed + 1)  # the next run's mask may be drawn: whether this one was there already is no matter
 
 
 @dataclass
@@ -78,6 +81,8 @@ class Run:
         """
         check_outputs(network, self.data.train, self.data.classes)
         self.parts = {"network": network, "optimizer": optimizer, "schedule": schedule, **more}
+        if wrong := [name for name, part in more.items() if name in STATE or not hasattr(part, "load_state_dict")]:
+            raise InputError(f"run.epochs: {wrong[0]} has no state_dict, or a name of the run's own; name it otherwise")
         self._restore()
         self._weights()  # refuses what cannot be kept
         if count == 0:
@@ -210,8 +215,8 @@ class Run:
         if began < self.next_save:
             return
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"lines": self.lines, "kept": self.kept, "kept_state": self.kept_state, "highest": self.highest}
-        state |= {"moments": self.moments, "seconds": began - self.start, "record": self.record, "format": 2}
+        own = self.lines, self.kept, self.kept_state, self.highest, self.moments, began - self.start, self.record, 2
+        state |= dict(zip(STATE, own, strict=True))
         artifacts.save_state(self.state_file, state)
         self.next_save = time.perf_counter() + 20 * (time.perf_counter() - began)
 

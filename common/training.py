@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common import parallel
 from common.data import FileSplit, Split
-from common.errors import InputError
+from common.errors import InputError, reason
 
 FEW = 1000  # test images
 DROPOUT = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
@@ -95,7 +95,10 @@ def train_epoch(
         optimizer.zero_grad(set_to_none=True)
         (batch_loss * (parallel.size() / rows)).backward()  # averaged over processes, this is the mean over the batch
         optimizer.step()
-        schedule.step()
+        try:
+            schedule.step()
+        except ValueError as error:  # a schedule of torch's that is told how many steps there are
+            raise InputError(f"the schedule moves once per batch ({reason(error)}); give it more steps") from error
         images_seen += rows
         loss_sum = loss_sum + batch_loss.detach()
         right = labels[0] if isinstance(labels, tuple) else labels
@@ -135,7 +138,7 @@ def _check_recipe(loss: Callable, *stepping: Optimizer | LRScheduler) -> None:
     for part in stepping:
         try:
             inspect.signature(type(part).step).bind(part)  # of the class: a schedule wraps its optimizer's
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise InputError(f"the step of {type(part).__name__}: {error}; legal: one without arguments") from error
 
 

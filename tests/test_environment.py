@@ -15,6 +15,7 @@ from conftest import ENVIRONMENT, ROOT, record
 
 from campaigns import GROUPS, TRAIN
 from common import cli, files, parallel
+from common.cmi import inputs
 from common.cmi.inputs import out_of_memory
 from common.errors import InputError
 
@@ -246,6 +247,14 @@ def test_no_more_processes_read_images_than_there_are_processors(base, call, mon
     monkeypatch.setattr(cli, "load", refuse)
     said = call("pruning_1b.py", *SCORE, "--weights_dir", base, "--cores", 2**31 - 1, code=2)
     assert f"error: {cli.CORES} processes" in said
+
+
+@pytest.mark.parametrize("value", ["abc", "", "1.5", "0", "-3", "1"])
+def test_a_number_of_processors_that_is_none_counts_as_none(monkeypatch, value):
+    """The scripts ended in joblib's traceback when they were imported, --help too."""
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", value)
+    assert 1 <= inputs.processors() <= len(os.sched_getaffinity(0))
+    assert list(inputs.in_parallel(abs, [-1, 2], n_jobs=-1)) == [1, 2]
 
 
 def test_a_class_that_is_named_twice_counts_once(tmp_path, call):

@@ -423,6 +423,15 @@ def export_metadata(path):
         return file.metadata()
 
 
+def test_weights_are_packed_to_the_same_bytes_every_time():
+    from safetensors.torch import load
+
+    state = {str(k): torch.full((3, 50), float(k % 2)) for k in range(9)}
+    packed = {export.pack(state, {"format": "pt", "architecture": "é", "record": "{}"}) for _ in range(9)}
+    assert len(packed) == 1
+    assert len(load(*packed)) == 9 + 5
+
+
 def test_finished_exports_are_not_repeated_and_not_overwritten(exported, pruned, call):
     path, before = exported[0], exported[0].stat().st_mtime_ns
     flags = ["--Dataset", "DIGITS", "--Checkpoint", pruned, "--Seconds", "0.01"]

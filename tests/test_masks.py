@@ -163,6 +163,41 @@ def test_balanced_selection_keeps_the_layers_shares(net, rng, criterion):
         assert block.weights[balanced[key]].sum() == pytest.approx(block.weights[plain[key]].sum(), abs=9)
 
 
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize(("balanced", "control"), [(True, False), (False, True), (True, True)])
+def test_no_layer_exceeds_its_maximum_where_blocks_differ_in_size(net, rng, balanced, control, within):
+    """Blocks that are spread out, or a control's, are others than those by which the limit was met."""
+    blocks = {key: masks.contiguous_blocks(net, key, 4, 3) for key in ("conv.weight", "final.weight")}
+    earlier = {key: torch.rand(net.get_parameter(key).shape) > 0.2 for key in blocks} if within else {}
+    for _ in range(20):
+        ranks, like = ({key: rng.random((3, 4)) for key in blocks} for _ in range(2))
+        like = like if control else None
+        kept = masks.select_blocks(ranks, blocks, 0.45, [0.5, 0.6], like, balanced, earlier)
+        mask = masks.Mask.of_blocks(kept, blocks, net, within=earlier)
+        pruned = mask.pruned_by_layer()
+        assert pruned["conv.weight"] <= 50
+        assert pruned["final.weight"] <= 60
+        largest = max(block.weights.max() for block in blocks.values())
+        total = sum(kept.numel() for kept in mask.values())
+        assert abs(mask.percent_pruned() / 100 - 0.45) * total < 3 * largest
+
+
+@pytest.mark.parametrize(
+    ("key", "kept", "message"),
+    [
+        ("final.weight", torch.ones(4, 10), "no tensor of bool"),
+        ("final.weight", np.ones((4, 10), bool), "no tensor of bool"),
+        ("final.weight", torch.ones(4, 9, dtype=torch.bool), r"is \(4, 9\); legal: \(4, 10\)"),
+        ("final.bias", torch.ones(4, dtype=torch.bool), "no such layer"),
+        ("other.weight", torch.ones(4, 10, dtype=torch.bool), "no such layer"),
+    ],
+)
+def test_a_mask_made_by_hand_is_refused_if_it_is_none(net, key, kept, message):
+    """An own rule may return one; of a bias it was a traceback after all training."""
+    with pytest.raises(InputError, match=f"{key}.* {message}"):
+        masks.Mask({key: kept}).apply(net)
+
+
 def test_cmi_magnitude_by_hand(net):
     """sqrt(score) * mean magnitude; negative scores count as none."""
     blocks = {"final.weight": masks.contiguous_blocks(net, "final.weight", 5, 4)}

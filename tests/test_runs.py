@@ -348,6 +348,15 @@ def test_a_mask_is_in_the_checkpoint_and_its_weights_are_zero(tmp_path, data):
     assert record["pruned_percent_masked_layers"] == 50
 
 
+@pytest.mark.parametrize(("name", "has_state"), [("average", False), ("lines", True), ("record", True)])
+def test_what_cannot_be_in_the_state_of_a_run_is_refused_before_training(tmp_path, data, name, has_state):
+    """It was a traceback after the first epoch, or, under a name that the run has too, when it went on."""
+    network, optimizer, schedule = parts()
+    more = {name: optimizer if has_state else 3}
+    with begin(tmp_path, data) as run, pytest.raises(InputError, match=f"run.epochs: {name} has no state_dict, or a"):
+        next(run.epochs(1, network, optimizer, schedule, **more))
+
+
 def test_pruned_weights_that_come_back_are_no_result(tmp_path, data):
     """An average sees them before the mask is held, where its hook comes first."""
     mask = Mask({"1.weight": torch.zeros(2, 16, dtype=torch.bool)})

@@ -741,3 +741,21 @@ def test_the_reference_way_of_a_convolutional_network(tmp_path, photographs):
     found = best("resnet56", tmp_path, **few)
     assert rule(found) == "CMI, gaussian given kept, positions, single units, refit"
     assert found["pruned_percent_masked_layers"] == pytest.approx(50, abs=0.1)
+
+
+def test_a_rule_that_draws_is_repeatable(base, tmp_path, call, monkeypatch):
+    """By torch's generator, whatever has drawn before; also where the first of two runs is there already."""
+
+    def drawn(_criterion, _network, blocks, *_):
+        return {k: torch.rand(b.weights.shape) for k, b in blocks.items()}
+
+    monkeypatch.setattr("common.masks.rank", drawn)
+    flags = ["--Criterion", "magnitude", "--Prune_per", "0.8", "--no-Refit", "--Epoch", "0"]
+    call(*prune(base, tmp_path / "at_once", *flags, "--Expt_rerun", "2"))
+    call(*prune(base, tmp_path / "one_by_one", *flags))
+    torch.rand(5)
+    call(*prune(base, tmp_path / "one_by_one", *flags, "--Expt_rerun", "2"))
+    at_once, one_by_one = (sorted((tmp_path / name).rglob("*.pkl")) for name in ("at_once", "one_by_one"))
+    assert [path.read_bytes() for path in at_once] == [path.read_bytes() for path in one_by_one]
+    first, second = (torch.load(path, weights_only=True)["masks"]["fc2.weight"] for path in at_once)
+    assert not torch.equal(first, second)

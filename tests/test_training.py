@@ -125,6 +125,17 @@ def test_steps_take_no_arguments(split, part):
         train_epoch(net, optimizer, plateau, split.shuffled(20, 0), lambda logits, labels: logits.sum())
 
 
+def test_a_schedule_that_ends_before_training_does_is_refused(split):
+    """One that is told of one step, where there are three batches; and one that is none."""
+    net, loss = network(), lambda logits, labels: logits.sum()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 1)
+    with pytest.raises(InputError, match=r"the schedule moves once per batch \(.*total steps is 1\); give it more"):
+        train_epoch(net, optimizer, schedule, split.shuffled(20, 0), loss)
+    with pytest.raises(InputError, match="the step of NoneType"):
+        train_epoch(net, optimizer, None, split.shuffled(20, 0), loss)
+
+
 def test_outputs_of_training_are_a_tensor(split):
     """Some networks return more in training mode than they do otherwise."""
     net = network()

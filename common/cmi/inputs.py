@@ -1,6 +1,7 @@
 """What every estimator asks of its inputs."""
 
 import contextlib
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -127,11 +128,18 @@ class Layer:
         self.n, self.shape = len(parents), self.live.shape
 
 
+def processors() -> int:
+    """How many this process may use; a LOKY_MAX_CPU_COUNT that is no number counts as none, as OpenMP has it."""
+    with contextlib.suppress(ValueError):
+        return joblib.cpu_count()
+    return len(os.sched_getaffinity(0))
+
+
 def in_parallel(function: Callable, tasks: Sequence, n_jobs: int | Callable) -> Iterator:
     """What the function returns for every task, in order; no more workers than tasks or processors."""
     if callable(n_jobs):
         return n_jobs(function, tasks)
-    cores = joblib.cpu_count()
+    cores = processors()
     workers = max(1, min(n_jobs if n_jobs > 0 else cores + 1 + n_jobs, cores, len(tasks)))
     calls = (joblib.delayed(function)(task) for task in tasks)
     return joblib.Parallel(workers, backend="threading", return_as="generator")(calls)
