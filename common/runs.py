@@ -24,7 +24,6 @@ from common.training import Metrics, evaluate
 
 # formats, by the last part of a figure's name
 SHOWN = {"lr": ".4g", "loss": ".4f", "accuracy": ".2f", "seconds": ".1f", "epoch": ".0f"}
-
 STATE = ("lines", "kept", "kept_state", "highest", "moments", "seconds", "record", "format")  # beside the parts
 
 
@@ -250,7 +249,10 @@ def describe(record: dict) -> str:
     if "pruned_percent_network" not in record:
         return f"test accuracy {test['accuracy']:.2f} % (top-5 {test.get('top5', math.nan):.2f} %), {chosen}"
     moments = [moment for moment in record if moment.startswith("test_")]
-    of = " of their multiply-adds" if record["arguments"].get("Prune_of") == "macs" else ""
+    arguments, by_layer = record["arguments"], record["pruned_percent_by_layer"]
+    of = " of their multiply-adds" if arguments.get("Prune_of") == "macs" else ""
+    if by_layer.keys() - arguments.get("children_key", by_layer):  # pruned in an earlier round
+        of += " of those of this round"
     early = (f"{record[m]['accuracy']:.2f} % {m.removeprefix('test_').replace('_', ' ')}, " for m in moments)
     return (
         f"pruned {record['pruned_percent_masked_layers']:.2f} % of the masked layers "

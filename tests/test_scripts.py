@@ -193,7 +193,8 @@ def test_shares_of_the_network_count_what_earlier_rounds_took_from_other_layers(
     first = tmp_path / "first" / "0" / "logits_90.00.pkl"  # 24.77 % of the network
     again = ["--Retrain", first, "--Criterion", "magnitude", "--children_key", "fc1.weight", "--Epoch", "0"]
     again = [*prune(base, tmp_path / "second", *again, "--Prune_of_network"), "--Prune_per"]
-    call(*again, "0.5")
+    asked = 100 * (0.5 - 0.9 * 150_000 / 545_000) * 545_000 / 392_000
+    assert f"(asked: {asked:.2f} % of those of this round)" in call(*again, "0.5")
     (path,) = (tmp_path / "second" / "0").glob("*.pkl")
     assert record(path)["pruned_percent_network"] == pytest.approx(50, abs=0.06)
     assert "hold 71.93 %, gone from others are 24.77 %" in call(*again, "0.2", code=2)
