@@ -248,9 +248,14 @@ def test_held_out_images_choose_and_the_test_set_does_not():
         records.append(run("cmi", 97.5, test, best={"val_accuracy": val}))
         records[-1]["arguments"] |= {"Epoch": 30, "Weight_decay": 0.1, "Dropout": dropout}
     assert report.validated_table(records).splitlines()[2:] == [
-        "| **CMI** | **30** | **0.1** | **0** | 97.50 | 98.00 ± 0.00 | 90.50 ± 0.71 | 2 |",
-        "| CMI | 30 | 0.1 | as dense | 97.50 | 96.50 ± 0.71 | 99.00 ± 0.00 | 2 |",
+        "| **CMI** | **97.50** | **30** | **0.1** | **0** | **0** | 98.00 ± 0.00 | 90.50 ± 0.71 | 2 |",
+        "| CMI | 97.50 | 30 | 0.1 | as dense | 0 | 96.50 ± 0.71 | 99.00 ± 0.00 | 2 |",
     ]
+    records.append(run("cmi", 90.0, 99.5, best={"val_accuracy": 99.0}))  # a smaller share, an earlier round
+    records[-1]["arguments"] |= {"Epoch": 30, "Weight_decay": 0.1, "Dropout": 0.0, "Distillation": 0.9}
+    rows = report.validated_table(records).splitlines()[2:]
+    assert rows[0] == "| CMI | 90.00 | 30 | 0.1 | 0 | 0.9 | 99.00 | 99.50 | 1 |"
+    assert rows[1].startswith("| **CMI** | **97.50** |")
 
 
 @pytest.fixture
