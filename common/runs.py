@@ -24,7 +24,6 @@ from common.training import Metrics, evaluate
 
 # formats, by the last part of a figure's name
 SHOWN = {"lr": ".4g", "loss": ".4f", "accuracy": ".2f", "seconds": ".1f", "epoch": ".0f"}
-STATE = ("lines", "kept", "kept_state", "highest", "moments", "seconds", "record", "format")  # beside the parts
 
 
 @contextlib.contextmanager
@@ -80,7 +79,8 @@ class Run:
         """
         check_outputs(network, self.data.train, self.data.classes)
         self.parts = {"network": network, "optimizer": optimizer, "schedule": schedule, **more}
-        if wrong := [name for name, part in more.items() if name in STATE or not hasattr(part, "load_state_dict")]:
+        taken = self._own_state().keys()
+        if wrong := [name for name, part in more.items() if name in taken or not hasattr(part, "load_state_dict")]:
             raise InputError(f"run.epochs: {wrong[0]} has no state_dict, or a name of the run's own; name it otherwise")
         self._restore()
         self._weights()  # refuses what cannot be kept
@@ -208,15 +208,19 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(begun[name])
 
+    def _own_state(self) -> dict:
+        """What the state of an interrupted run holds beside its parts, whose names are others."""
+        own = {"lines": self.lines, "kept": self.kept, "kept_state": self.kept_state, "highest": self.highest}
+        own |= {"moments": self.moments, "seconds": time.perf_counter() - self.start, "record": self.record}
+        return own | {"format": 2}
+
     def _save_state(self) -> None:
         """Note all that is needed to go on, now and then: so often that a twentieth of the time goes into it."""
         began = time.perf_counter()
         if began < self.next_save:
             return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        own = self.lines, self.kept, self.kept_state, self.highest, self.moments, began - self.start, self.record, 2
-        state |= dict(zip(STATE, own, strict=True))
-        artifacts.save_state(self.state_file, state)
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        artifacts.save_state(self.state_file, parts | self._own_state())
         self.next_save = time.perf_counter() + 20 * (time.perf_counter() - began)
 
 

@@ -16,11 +16,11 @@ for number in ${NETWORKS:-0}; do
         --granularity channel --estimator gaussian --given kept --sampling positions --samples_per_class 300 ${SCORE_FLAGS:-}
     for share in ${SHARES:-0.5}; do
         for rule in ${RULES:-cmi magnitude random}; do
-            case $rule in cmi | *-shares) mask="--Retrain_mask $dense/I_parent_channels.npy" ;; *) mask= ;; esac
+            case $rule in cmi | *-shares) scores="--Retrain_mask $dense/I_parent_channels.npy" ;; *) scores= ;; esac
             $python retrain_stage3.py --Epoch "$epochs" --Schedule one-cycle --Warm_up 0.1 --Lr 0.05 --Weight_decay 5e-4 \
                 --Select last --Data_dir "$data" ${TRAIN_FLAGS:-} --Retrain "$dense/logits_best.pkl" --Refit \
                 --Granularity channel --Samples_per_class 100 --Prune_of macs --Prune_per "$share" --upper_prune_limit 0.97 \
-                --Criterion "${rule%-shares}" --Seed $seed --Save_dir "channels/$network/$epochs/$rule/$number" $mask
+                --Criterion "${rule%-shares}" --Seed $seed --Save_dir "channels/$network/$epochs/$rule/$number" $scores
         done
     done
 done

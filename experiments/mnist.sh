@@ -198,17 +198,17 @@ weights_few_runs() {
 # As few weights, taught by the network before (--Distillation); 10,000 images that are held out of all training choose
 # how much.
 weights_few_validated_scores() {
-    for taught in 0 0.9; do two_rounds mnist_weights_few_validated/$taught "--Distillation $taught"; done
+    for taught in 0 0.9; do
+        rounds=mnist_weights_few_validated/$taught flags="--Distillation $taught"
+        both $rounds/first 0.95 "$flags" | run
+        both $rounds/second 0.985 "$long $flags" $rounds/first/logits_95.00.pkl | run
+    done
 }
 weights_few_validated_runs() {
-    for taught in 0 0.9; do third_round mnist_weights_few_validated/$taught "--Distillation $taught"; done
-}
-two_rounds() { # NAME FLAGS
-    both "$1/first" 0.95 "$2" | run
-    both "$1/second" 0.985 "$long $2" "$1/first/logits_95.00.pkl" | run
-}
-third_round() { # NAME FLAGS
-    both "$1/third" 0.992817 "$long $2" "$1/second/logits_98.50.pkl"
+    for taught in 0 0.9; do
+        rounds=mnist_weights_few_validated/$taught
+        both $rounds/third 0.992817 "$long --Distillation $taught" $rounds/second/logits_98.50.pkl
+    done
 }
 
 # Experiment 2: other numbers of groups and of images, at the paper's shares: GROUPS SAMPLES SHARE.
